@@ -1,0 +1,68 @@
+# From a fresh clone, with nothing installed by hand, no GPU and no nvcc. Every target may be run twice.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+RUN    ?= runs/demo
+PYTEST_ARGS ?= -q
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+# One process each, so that no part depends on what another imported or set.
+PARTS  := $(sort $(patsubst %/,%,$(dir $(wildcard tests/*/test_*.py))))
+# Stamps carry what they were made with, so that another torch or another kind of build is another stamp.
+DEPS   := $(VENV)/.deps-$(subst =,-,$(TORCH))
+BUILT  := $(VENV)/.built-$(or $(NVAE_FAST_BUILD),auto)
+DEV    := $(VENV)/.dev
+# Requirements as pyproject.toml lists them.
+LIST    = $(BIN)/python -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))'
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make install   $(VENV) with torch, the package (editable) and its native extension"
+	@echo "make demo      install, then train, evaluate and sample the demo preset on the bundled images into $(RUN)"
+	@echo "make test      install, then everything that CI runs: ruff and all tests"
+	@echo "make lint      ruff only"
+	@echo "make clean     remove build products; $(VENV) and runs/ stay"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) RUN=$(RUN) NVAE_FAST_BUILD=auto|cpu|cuda|none"
+	@echo "CPU-only torch, a smaller download: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+
+install: $(BUILT)
+
+demo: install
+	$(BIN)/nvae-fast train --preset demo --out $(RUN) --resume auto
+	$(BIN)/nvae-fast evaluate $(RUN)
+	$(BIN)/nvae-fast sample $(RUN) --out $(RUN)/samples.png
+	$(BIN)/nvae-fast reconstruct $(RUN) --out $(RUN)/reconstructions.png
+
+test: lint
+	@set -e; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done
+
+lint: install $(DEV)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info nvae_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks $(VENV)/.built-*
+	find nvae_fast kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "no '$(PYTHON)' on PATH: install Python 3.11 or newer, or make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V): nvae_fast needs Python 3.11 or newer; make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(DEPS): pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)" $$($(call LIST,t["build-system"]["requires"] + t["project"]["dependencies"]))
+	@rm -f $(VENV)/.deps-* && touch $@
+
+$(BUILT): $(DEPS) setup.py pyproject.toml $(NATIVE) $(wildcard benchmarks/__init__.py)
+	@rm -f $(VENV)/.built-* nvae_fast/_C*.so
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(DEV): $(DEPS)
+	$(PIP) "$(TORCH)" $$($(call LIST,t["project"]["optional-dependencies"]["dev"]))
+	@touch $@

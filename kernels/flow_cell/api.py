@@ -1,0 +1,44 @@
+"""flow_cell: one half of a volume-preserving autoregressive flow cell."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nvae_fast.kernels import _impl
+from nvae_fast.kernels.flow_cell import reference
+
+_impl.register("flow_cell")
+
+
+def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Tensor, *, impl: str = "auto") -> Tensor:
+    """z - m(z), m = conv1x1(elu(elu(depthwise5x5(elu(conv3x3(z)))))) + bias, all padded to keep the size.
+
+    The weights are the effective ones: already masked (`autoregressive_mask`, the first convolution strict) and
+    normalised (`weight_norm`). Then m is strictly autoregressive and the log-determinant is 0. The op itself does not
+    look at the masks. The second ELU in a row is part of the published model.
+
+    Args:
+        z: [B, Z, H, W], any strides. The result has its shape and dtype; the arithmetic is float32 (float64 for
+            float64).
+        w_in: [E, Z, 3, 3]; w_dw: [E, 1, 5, 5]; w_out: [Z, E, 1, 1]; E is 6 Z in NVAE.
+        bias_out: [Z].
+
+    Raises:
+        ValueError: shapes that do not match.
+
+    Source: NVAE, arXiv 2007.03898, section 3.4; van den Oord et al., arXiv 1601.06759 (masks).
+    """
+    if z.dim() != 4 or not z.is_floating_point():
+        raise ValueError(f"z of shape {tuple(z.shape)} and {z.dtype}: expected a floating-point [B, Z, H, W]")
+    channels, hidden = z.shape[1], w_in.shape[0]
+    expected = {
+        "w_in": (w_in, (hidden, channels, 3, 3)),
+        "w_dw": (w_dw, (hidden, 1, 5, 5)),
+        "w_out": (w_out, (channels, hidden, 1, 1)),
+        "bias_out": (bias_out, (channels,)),
+    }
+    for name, (t, shape) in expected.items():
+        if t.shape != shape:
+            raise ValueError(f"{name} of shape {tuple(t.shape)}: expected {shape} for z of {channels} channels")
+    _impl.resolve_impl("flow_cell", impl, z, w_in, w_dw, w_out, bias_out)
+    return reference.flow_cell(z, w_in, w_dw, w_out, bias_out)

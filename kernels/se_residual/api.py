@@ -1,0 +1,55 @@
+"""se_residual: squeeze-excitation of a branch, its scaling and the residual sum, in one op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nvae_fast.kernels import _impl
+from nvae_fast.kernels.se_residual import reference
+
+_impl.register("se_residual")
+
+
+def se_residual(
+    skip: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    *,
+    residual_scale: float = 0.1,
+    impl: str = "auto",
+) -> Tensor:
+    """y = skip + residual_scale * x * sigmoid(w2 relu(w1 mean_hw(x) + b1) + b2), the gate per image and channel.
+
+    With w1, b1, w2 and b2 all None there is no gate: y = skip + residual_scale * x.
+
+    Args:
+        skip, x: [B, C, H, W], any strides. y has their dtype (the wider one when they differ); the arithmetic is
+            float32 (float64 for float64).
+        w1, b1: [H, C], [H]: the linear layer from the C means to H hidden units.
+        w2, b2: [C, H], [C]: the linear layer back.
+        residual_scale: weight of the branch.
+
+    Raises:
+        ValueError: shapes that do not match, or some but not all of the four gate tensors.
+
+    Source: Hu et al., arXiv 1709.01507; NVAE, arXiv 2007.03898, figure 3.
+    """
+    if x.dim() != 4 or not (x.is_floating_point() and skip.is_floating_point()):
+        raise ValueError(f"x of shape {tuple(x.shape)} and {x.dtype}: expected a floating-point [B, C, H, W]")
+    if skip.shape != x.shape:
+        raise ValueError(f"skip of shape {tuple(skip.shape)}: expected the shape of x, {tuple(x.shape)}")
+    gate = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    absent = [name for name, t in gate.items() if t is None]
+    if absent and len(absent) < 4:
+        raise ValueError(f"{', '.join(absent)} is None: expected all of w1, b1, w2, b2, or none of them for no gate")
+    if not absent:
+        channels, hidden = x.shape[1], w1.shape[0]
+        shapes = {"w1": (hidden, channels), "b1": (hidden,), "w2": (channels, hidden), "b2": (channels,)}
+        for name, shape in shapes.items():
+            if gate[name].shape != shape:
+                raise ValueError(f"{name} of shape {tuple(gate[name].shape)}: expected {shape} for {channels} channels")
+    _impl.resolve_impl("se_residual", impl, skip, x, w1, b1, w2, b2)
+    return reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale)

@@ -1,0 +1,154 @@
+"""Residual cells, their skip connections, the table of architectures, and the combiners."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from nvae_fast import functional as F
+from nvae_fast.errors import InputError
+from nvae_fast.layers import BatchNormAct2d, InvertedResidual, SqueezeExcite, WeightNormConv2d
+from nvae_fast.layers.conv import same_padding
+
+BN_EPS, BN_MOMENTUM = 1e-5, 0.05
+
+
+def _arch(enc: list[str], dec: list[str], pre: list[str], post: list[str]) -> dict[str, list[str]]:
+    return {"enc": enc, "dec": dec, "pre": pre, "post": post}
+
+
+def _twice(op: str) -> dict[str, list[str]]:
+    return _arch([op] * 2, [op] * 2, [op] * 2, [op] * 2)
+
+
+def _encoder_decoder(enc: list[str], kernel: int) -> dict[str, list[str]]:
+    return _arch(enc, [f"mconv_e6k{kernel}g0"], enc, [f"mconv_e3k{kernel}g0"])
+
+
+ARCHITECTURES: dict[str, dict[str, list[str]]] = {
+    "res_elu": _twice("res_elu"),
+    "res_bnelu": _twice("res_bnelu"),
+    "res_bnswish": _twice("res_bnswish"),
+    "mbconv_sep": _arch(["mconv_e6k5g0"], ["mconv_e6k5g0"], ["mconv_e3k5g0"], ["mconv_e3k5g0"]),
+    "mbconv_sep11": _arch(["mconv_e6k11g0"], ["mconv_e6k11g0"], ["mconv_e3k5g0"], ["mconv_e3k5g0"]),
+    "res_mbconv": _encoder_decoder(["res_bnswish", "res_bnswish"], 5),
+    "res53_mbconv": _encoder_decoder(["res_bnswish5", "res_bnswish"], 5),
+    "res35_mbconv": _encoder_decoder(["res_bnswish", "res_bnswish5"], 5),
+    "res55_mbconv": _encoder_decoder(["res_bnswish5", "res_bnswish5"], 5),
+    "res_mbconv9": _encoder_decoder(["res_bnswish", "res_bnswish"], 9),
+    "mbconv_res": _arch(["mconv_e6k5g0"], ["res_bnswish"] * 2, ["mconv_e3k5g0"], ["res_bnswish"] * 2),
+    "mbconv_den": _arch(["mconv_e6k5g0"], ["mconv_e6k5g0"], ["mconv_e3k5g8"], ["mconv_e3k5g8"]),
+}
+"""The ops of a cell by architecture and place: bottom-up tower, top-down tower, before, and behind them."""
+
+_RESIDUAL_OPS = {  # activation, BN before it, dilation of the 3x3
+    "res_elu": ("elu", False, 1),
+    "res_bnelu": ("elu", True, 1),
+    "res_bnswish": ("swish", True, 1),
+    "res_bnswish5": ("swish", True, 2),
+}
+
+
+class ActConv(nn.Module):
+    """[BN] -> activation -> [nearest x2] -> weight-normalised 3x3 convolution (data-initialised without BN)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, act: str, bn: bool, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.act, self.upsample = act, stride == -1
+        self.bn = BatchNormAct2d(in_channels, BN_EPS, BN_MOMENTUM, act=act) if bn else None
+        self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
+                                     dilation, data_init=not bn)  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = tf.elu(x) if self.bn is None else self.bn(x)
+        if self.upsample:
+            x = tf.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x)
+
+
+def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The op of that name: a row of _RESIDUAL_OPS, or `mconv_e{expansion}k{kernel}g{groups, 0 = depthwise}`."""
+    if name in _RESIDUAL_OPS:
+        act, bn, dilation = _RESIDUAL_OPS[name]
+        return ActConv(in_channels, out_channels, act=act, bn=bn, stride=stride, dilation=dilation)
+    match = re.fullmatch(r"mconv_e(\d+)k(\d+)g(\d+)", name)
+    if match is None:
+        raise InputError(f"unknown op '{name}': expected one of {', '.join(_RESIDUAL_OPS)} or mconv_e6k5g0 and the like")
+    expansion, kernel_size, groups = map(int, match.groups())
+    return InvertedResidual(in_channels, out_channels, expansion=expansion, kernel_size=kernel_size, stride=stride,
+                            groups=groups, eps=BN_EPS, momentum=BN_MOMENTUM)  # fmt: skip
+
+
+class FactorizedReduce(nn.Module):
+    """Halves H and W (both even): four stride-2 1x1 convolutions of swish(x) at the four pixel offsets, concatenated."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        quarter = out_channels // 4
+        for i, width in enumerate((quarter, quarter, quarter, out_channels - 3 * quarter), start=1):
+            setattr(self, f"conv_{i}", WeightNormConv2d(in_channels, width, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = tf.silu(x)
+        return torch.cat(
+            [self.conv_1(a), self.conv_2(a[:, :, 1:, 1:]), self.conv_3(a[:, :, :, 1:]), self.conv_4(a[:, :, 1:, :])],
+            dim=1,
+        )
+
+
+class UpsampleProject(nn.Module):
+    """Doubles H and W: bilinear (corners aligned), then a 1x1 convolution without bias."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(tf.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+
+
+class Cell(nn.Module):
+    """out = skip(x) + 0.1 * SE(op_n(... op_1(x))). `stride` 1 keeps, 2 halves and -1 doubles the resolution (in op_1)."""
+
+    def __init__(self, in_channels: int, out_channels: int, ops: list[str], *, stride: int, use_se: bool) -> None:
+        super().__init__()
+        skips = {1: lambda *_: nn.Identity(), 2: FactorizedReduce, -1: UpsampleProject}
+        self.skip = skips[stride](in_channels, out_channels)
+        self.ops = nn.ModuleList(
+            build_op(op, in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1)
+            for i, op in enumerate(ops)
+        )
+        self.se = SqueezeExcite(out_channels) if use_se else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for op in self.ops:
+            y = op(y)
+        if self.se is not None:
+            return self.se.residual(self.skip(x), y)
+        return F.se_residual(self.skip(x), y, None, None, None, None)
+
+
+class EncoderCombiner(nn.Module):
+    """e + Conv1x1(h): the bottom-up feature e of a group joined with the top-down state h."""
+
+    def __init__(self, encoder_channels: int, decoder_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(decoder_channels, encoder_channels, 1)
+
+    def forward(self, e: Tensor, h: Tensor) -> Tensor:
+        return e + self.conv(h)
+
+
+class DecoderCombiner(nn.Module):
+    """Conv1x1(concat[h, z]): the drawn latent enters the top-down state."""
+
+    def __init__(self, channels: int, latent_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(channels + latent_channels, channels, 1)
+
+    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+        return self.conv(torch.cat([h, z.to(h.dtype)], dim=1))

@@ -1,0 +1,52 @@
+"""The command line: `nvae-fast train | evaluate | sample | reconstruct | convert | env`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nvae_fast._version import __version__
+from nvae_fast.cli import convert, env, evaluate, reconstruct, sample, train
+from nvae_fast.cli.flags import Parser, underscored
+from nvae_fast.errors import InputError, RunError
+
+COMMANDS = {module.NAME: module for module in (train, evaluate, sample, reconstruct, convert, env)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each module of COMMANDS brings its flags (`add_flags`) and its action (`run`)."""
+    parser = Parser(
+        prog="nvae-fast", description="Train, evaluate and sample NVAEs. Dashes and underscores in flags are equal."
+    )
+    parser.add_argument("--version", action="version", version=f"nvae_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        doc = module.__doc__.strip()
+        sub = commands.add_parser(name, help=doc.splitlines()[0], description=doc,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        module.add_flags(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 done, 1 the run failed, 2 bad usage or input, 130 or 143 stopped with its state saved."""
+    from nvae_fast.training.signals import Interrupted
+
+    try:
+        args = build_parser().parse_args(underscored(sys.argv[1:] if argv is None else argv))
+        COMMANDS[args.command].run(args)
+    except InputError as error:
+        return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
+    except Interrupted as stop:
+        return _fail(f"{stop}; state saved, continue with --resume auto", stop.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped by SIGINT", 130)
+    return 0
+
+
+def _fail(message: object, code: int) -> int:
+    print("nvae-fast:", str(message).replace("\n", " "), file=sys.stderr)
+    return code

@@ -1,0 +1,171 @@
+"""Flags shared by the commands, and those made from the fields of the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nvae_fast.config import NVAEConfig, TrainConfig
+from nvae_fast.errors import InputError
+
+HELP = {
+    "likelihood": "auto, bernoulli, normal or dmol",
+    "padding": "zero pixels around the data that the likelihood leaves out",
+    "num_x_bits": "bits per channel, 1 to 8",
+    "num_mixture_dec": "mixture components of the output; 1: a Normal",
+    "arch_instance": "row of the table of cells",
+    "num_latent_scales": "latent resolutions",
+    "num_groups_per_scale": "latent groups at the largest resolution",
+    "num_latent_per_group": "latent channels of a group",
+    "ada_groups": "halve the groups from resolution to resolution",
+    "min_groups_per_scale": "... but not below this",
+    "num_channels_enc": "width at full resolution, bottom-up",
+    "num_channels_dec": "width at full resolution, top-down",
+    "num_preprocess_blocks": "halvings before the towers",
+    "num_postprocess_blocks": "doublings behind them (the same number)",
+    "num_preprocess_cells": "cells per such block",
+    "num_postprocess_cells": "cells per such block",
+    "num_cell_per_cond_enc": "cells per group, bottom-up",
+    "num_cell_per_cond_dec": "cells per group, top-down",
+    "num_nf": "flow cells per group",
+    "use_se": "squeeze-and-excitation in every cell",
+    "res_dist": "posterior relative to the prior",
+    "compat": "nvlabs: the public code's likelihood and temperature quirks; fixed: without them",
+    "epochs": "passes over the training images",
+    "warmup_epochs": "epochs of rising learning rate",
+    "batch_size": "images per step",
+    "learning_rate": "peak rate",
+    "learning_rate_min": "rate of the last epoch",
+    "weight_decay": "L2 on every parameter",
+    "weight_decay_norm": "weight of the spectral and the BN regulariser",
+    "weight_decay_norm_init": "its start value when annealed",
+    "weight_decay_norm_anneal": "anneal it with the KL coefficient",
+    "kl_anneal_portion": "share of the steps over which the KL coefficient rises",
+    "kl_const_portion": "share of the steps before that",
+    "kl_const_coeff": "floor of the KL coefficient",
+    "kl_balance": "equal, linear, sqrt or square",
+    "adamax_eps": "epsilon of Adamax",
+    "seed": "of weights, order, noise and splits",
+    "binarize": "draw binary pixels at every access",
+    "flip": "mirror half of the training images",
+}
+"""One line for every field of the configuration that has a flag."""
+
+MODEL_FIELDS = [f.name for f in dataclasses.fields(NVAEConfig) if f.name in HELP]
+TRAIN_FIELDS = [f.name for f in dataclasses.fields(TrainConfig) if f.name in HELP]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports bad usage as an InputError and knows no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+class OnOff(argparse.Action):
+    """`--name` sets True, `--no_name` False."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        both = [*option_strings, *(f"--no_{o[2:]}" for o in option_strings)]
+        super().__init__(both, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """Option names with dashes turned into underscores: `--num-nf=1` becomes `--num_nf=1`."""
+    out = []
+    for i, token in enumerate(argv):
+        if token == "--":
+            return [*out, *argv[i:]]
+        name, equals, value = token.partition("=")
+        out.append("--" + name[2:].replace("-", "_") + equals + value if token.startswith("--") else token)
+    return out
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of NVAEConfig and TrainConfig in HELP, None when not given."""
+    for title, cls, names in (("model", NVAEConfig, MODEL_FIELDS), ("training", TrainConfig, TRAIN_FIELDS)):
+        group = parser.add_argument_group(title, "Without a preset, those of the public code; defaults in brackets.")
+        types = {f.name: (f.type, f.default) for f in dataclasses.fields(cls)}
+        for name in names:
+            kind, default = types[name]
+            text = f"{HELP[name]} [{default}]"
+            if kind == "bool":
+                group.add_argument(f"--{name}", action=OnOff, default=None, help=text)
+            else:
+                group.add_argument(f"--{name}", type={"int": int, "float": float, "str": str}[kind], help=text)
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto: cuda where there is one]")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="[auto: bf16 on GPUs, else fp32]")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads for images on disk [0: choose]")
+
+
+def device_and_precision(args: argparse.Namespace):
+    """(torch.device, "fp32" | "bf16") that the flags stand for on this machine."""
+    import torch
+
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device '{name}' is not supported: use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{name}': this machine, or this build of torch, has no CUDA GPU; use --device cpu")
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return device, precision
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """ "64" or "64x48" (height x width) as (H, W)."""
+    try:
+        parts = [int(p) for p in text.lower().split("x")]
+        height, width = parts * 2 if len(parts) == 1 else parts
+        if min(height, width) > 0:
+            return height, width
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is no image size: give 64, or 64x48 for height x width")
+
+
+def load_model(path: str | Path | None, args: argparse.Namespace):
+    """The model at `path` (run folder, checkpoint folder or official .pt file) on the device of the flags, in eval mode."""
+    import nvae_fast
+    from nvae_fast.checkpoint.native import load_model as load_native
+
+    if path is None:
+        raise InputError("no checkpoint given: name a run folder, a checkpoint folder or an official checkpoint.pt")
+    model = nvae_fast.load_nvlabs_checkpoint(path) if Path(path).is_file() else load_native(path)
+    return model.to(device_and_precision(args)[0])
+
+
+def with_data(config: NVAEConfig, args: argparse.Namespace) -> NVAEConfig:
+    """The configuration reading what --data and --dataset name instead."""
+    training = config.training
+    if args.data is not None:
+        training = dataclasses.replace(training, data=args.data, dataset=data_reader(args.data, args.dataset, training.dataset))
+    elif args.dataset is not None:
+        training = dataclasses.replace(training, dataset=args.dataset)
+    return dataclasses.replace(config, training=training)
+
+
+def data_reader(data: str, dataset: str | None, usual: str | None) -> str | None:
+    """How to read `data`: as asked; else as `usual` if there are LMDBs, which do not say what they hold; else guessed."""
+    if dataset is not None:
+        return dataset
+    return usual if any(Path(data).glob("*lmdb")) else None

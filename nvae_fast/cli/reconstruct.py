@@ -1,0 +1,43 @@
+"""Pass images through a model: a PNG grid with the originals above their reconstructions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nvae_fast.cli.flags import OnOff, add_device_flags, load_model, with_data
+from nvae_fast.errors import InputError
+
+NAME = "reconstruct"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder, checkpoint folder or official checkpoint.pt")
+    parser.add_argument("--data", help="images to reconstruct [those of the training]")
+    parser.add_argument("--dataset", help="how to read --data [guessed]")
+    parser.add_argument("--on_train", action=OnOff, default=False, help="use the training images, not the validation ones")
+    parser.add_argument("-n", "--num_images", type=int, default=32, help="images [32]")
+    parser.add_argument("--columns", type=int, default=8, help="images in a row of the grid [8]")
+    parser.add_argument("--out", default="reconstructions.png", help="PNG file of the grid [reconstructions.png]")
+    parser.add_argument("--seed", type=int, default=1)
+    add_device_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("num_images", "columns"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+    import torch
+
+    from nvae_fast.images import save_grid, side_by_side
+    from nvae_fast.sampling import reconstruct_images
+    from nvae_fast.training.data import loader, open_split
+
+    model = load_model(args.model, args)
+    config = with_data(model.config, args)
+    source = open_split(config, "train" if args.on_train else "valid",
+                        image_size=None if config.training.data == "demo" else config.data_size)  # fmt: skip
+    batches = list(loader(config, source, train=False, batch_size=64, workers=args.workers, limit=args.num_images))
+    images = torch.cat([reconstruct_images(model, x, seed=args.seed + i) for i, x in enumerate(batches)])
+    save_grid(side_by_side(torch.cat(batches), images, args.columns), Path(args.out), args.columns)
+    print(f"{len(images)} images and their reconstructions: {args.out}")

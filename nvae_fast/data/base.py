@@ -1,0 +1,173 @@
+"""What a reader of images gets (`Request`) and gives (`ImageSource`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from .rng import SPLIT, permutation
+from .transforms import Transform, size_text
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MEMORY_LIMIT = 256 * 2**20
+"""A split that takes at most this many bytes when decoded is decoded once and kept: small sets of all kinds take one
+code path, nothing is decoded in the training loop, and every bad file is found before the first step."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which images to read, and how. `channels` is None where the data decide; `size` in `transform` likewise."""
+
+    path: Path
+    name: str
+    split: str
+    seed: int
+    valid_fraction: float
+    transform: Transform = field(default_factory=Transform)
+    channels: int | None = None
+
+
+class ImageSource:
+    """A sequence of uint8 images [H,W,C] of one size.
+
+    Attributes: name, channels, height, width; `images`, uint8 tensor [N,H,W,C] when they are in memory, else None;
+    `random_crop`, whether `batch` wants two random numbers per image.
+    """
+
+    images: torch.Tensor | None = None
+    random_crop = False
+
+    def __init__(self, name: str, count: int, shape: tuple[int, int, int]):
+        self.name = name
+        self.height, self.width, self.channels = shape
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not -self._count <= index < self._count:
+            raise IndexError(f"image {index} of {self._count}")
+        return self.batch(np.array([index % self._count]))[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self)} images, {self.height}x{self.width}x{self.channels})"
+
+    def batch(self, index: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
+        """A new uint8 array [B,H,W,C]; u [B,2] places random crops. Safe to call from several threads."""
+        raise NotImplementedError
+
+
+class MemorySource(ImageSource):
+    """Images that lie in memory: uint8 array [N,H,W,C]."""
+
+    def __init__(self, name: str, images: np.ndarray):
+        super().__init__(name, len(images), images.shape[1:])
+        self._array = np.require(images, np.uint8, ["C", "W"])
+        self.images = torch.from_numpy(self._array)
+
+    def batch(self, index: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
+        return self._array[index]
+
+
+class LazySource(ImageSource):
+    """Images decoded when they are asked for: read(i) gives uint8 [h,w,C], label(i) the name for messages."""
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        shape: tuple[int, int, int],
+        read: Callable[[int], np.ndarray],
+        label: Callable[[int], str],
+        transform: Transform,
+    ):
+        super().__init__(name, count, shape)
+        self._read, self._label, self._transform = read, label, transform
+        self.random_crop = transform.random_crop
+
+    def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
+        name = self._label(index)
+        image = self._transform(self._read(index), name, u)
+        expected = (self.height, self.width, self.channels)
+        if image.shape != expected:
+            raise InputError(f"{name} is {size_text(image.shape)}, expected {size_text(expected)}: give --image-size")
+        return image
+
+    def batch(self, index: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
+        out = np.empty((len(index), self.height, self.width, self.channels), np.uint8)
+        for row, i in enumerate(index.tolist()):
+            out[row] = self._one(i, None if u is None else u[row])
+        return out
+
+    def in_memory(self) -> MemorySource:
+        """The same images, decoded now."""
+        parts = parallel(lambda i: self._one(i, None), range(len(self)))
+        return MemorySource(self.name, np.stack(parts))
+
+
+def keep_small(source: LazySource) -> ImageSource:
+    """The source in memory if it fits MEMORY_LIMIT; not one with random crops, whose images differ in every epoch."""
+    size = len(source) * source.height * source.width * source.channels
+    return source if source.random_crop or size > MEMORY_LIMIT else source.in_memory()
+
+
+def from_array(request: Request, images: np.ndarray) -> MemorySource:
+    """uint8 [N,h,w,C] through the request's transform."""
+    if len(images) == 0:
+        raise InputError(f"{request.path}: no images in the {request.split} part")
+    if request.transform != Transform():
+        images = np.stack([request.transform(image, f"{request.path} image {i}") for i, image in enumerate(images)])
+    return MemorySource(request.name, images)
+
+
+def split_indices(request: Request, count: int) -> np.ndarray:
+    """The part of 0..count-1 that is the request's split, ascending.
+
+    A permutation drawn from `seed` is cut: its last round(count * valid_fraction) validate (at least one, never all).
+    """
+    if count < 2:
+        raise InputError(f"{request.path}: {count} image(s), at least 2 are needed to split off validation images")
+    order = permutation(count, request.seed, -1, SPLIT)
+    cut = count - min(max(round(count * request.valid_fraction), 1), count - 1)
+    return np.sort(order[:cut] if request.split == "train" else order[cut:])
+
+
+def find_pair(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first (train, valid) pair of part names that is there."""
+    there = set(names)
+    pairs = [("train", "valid"), ("train", "validation"), ("train", "val"), ("train", "test"), ("x_train", "x_test")]
+    return next((pair for pair in pairs if there.issuperset(pair)), None)
+
+
+def thread_count(asked: int = 0) -> int:
+    """Decoding threads: as asked, or for 0 the smaller of 4 and the processors this process may use."""
+    if asked > 0:
+        return asked
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, usable)
+
+
+def parallel(work: Callable[[T], R], items: Sequence[T], chunk: int = 64) -> list[R]:
+    """[work(item) for item in items] on threads (Pillow decodes outside Python's lock); raises the first failure."""
+    pieces = [items[i : i + chunk] for i in range(0, len(items), chunk)]
+    pool = ThreadPoolExecutor(thread_count())
+    try:
+        return [result for piece in pool.map(lambda piece: [work(item) for item in piece], pieces) for result in piece]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of somebody else's, on one line; its class where there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,143 @@
+"""`make_loader`: from a sequence of images to batches, reproducible to the bit wherever a run is taken up again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from . import rng
+from .base import ImageSource, thread_count
+
+
+class Loader:
+    """Batches x, float32 [B, C, H + 2p, W + 2p], contiguous: x = pixel / 255, padded with zeros.
+
+    `set_epoch` chooses the epoch and the first batch; `len` counts the batches of a whole epoch on this rank.
+
+    Every random choice is a function of (seed, epoch, image index), in validation of (seed, image index): it does not
+    depend on batch size, workers, rank or on what was read before.
+
+    Args:
+        batch_size: images per rank and batch.
+        train: shuffled, incomplete last batches dropped, every rank has the same number of batches. Otherwise in order,
+            nothing dropped or counted twice: ranks may differ by one image (so by one batch), and a rank may have none.
+        padding: pixels of zeros on each side, added last.
+        flip: mirror each training image left-right with probability 1/2.
+        binarize: x = 1 with probability pixel/255, else 0; drawn anew in each training epoch, fixed in validation.
+        workers: decoding threads of a source that is not in memory; 0: the smaller of 4 and the processors there are.
+        rank, world_size: this process takes every world_size-th image of the common order.
+        limit: only the first `limit` images of the source exist.
+
+    Raises:
+        InputError: fewer training images than one batch on every rank; numbers out of range.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int,
+        padding: int = 0,
+        flip: bool = False,
+        binarize: bool = False,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ):
+        for value, name, least in ((batch_size, "--batch-size", 1), (padding, "padding", 0), (workers, "workers", 0)):
+            if value < least:
+                raise InputError(f"{name} is {value}, expected at least {least}")
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank {rank} of {world_size} processes, expected 0 to {world_size - 1}")
+        if limit is not None and limit < 1:
+            raise InputError(f"limit is {limit}, expected at least 1 image")
+        self.source, self.batch_size, self.train = source, batch_size, train
+        self._seed, self._padding, self._workers = seed, padding, workers
+        self._flip, self._binarize = flip and train, binarize
+        self._rank, self._world_size = rank, world_size
+        self._count = len(source) if limit is None else min(limit, len(source))
+        self._epoch = self._start = 0
+        share = batch_size * world_size
+        if train:
+            self._batches = self._count // share
+            if not self._batches:
+                where = f" on each of {world_size} processes" if world_size > 1 else ""
+                fits = self._count // world_size
+                cure = f"use --batch-size {fits} or less" if fits else "use fewer processes and a smaller --batch-size"
+                raise InputError(f"{self._count} training images, expected at least a batch of {batch_size}{where}: {cure}")
+        else:
+            mine = len(range(rank, self._count, world_size))
+            self._batches = -(-mine // batch_size)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        return self._batches
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """What the next iterations give: an epoch, from a batch on (those before it are neither read nor decoded)."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch is {start_batch}, expected 0 to {len(self)}")
+        self._epoch, self._start = epoch, start_batch
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        # the epoch is read here, not at the first batch: set_epoch during an iteration is for the next one
+        key_epoch = self._epoch if self.train else -1
+        if self.train:
+            order = rng.permutation(self._count, self._seed, key_epoch, rng.SHUFFLE)
+        else:
+            order = np.arange(self._count)
+        mine = order[self._rank :: self._world_size]
+        size = self.batch_size
+        index = [mine[i * size : (i + 1) * size] for i in range(self._start, len(self))]
+        return self._run(index, key_epoch)
+
+    def _run(self, index: list[np.ndarray], epoch: int) -> Iterator[torch.Tensor]:
+        if self.source.images is not None:
+            for i in index:
+                yield torch.from_numpy(self._batch(i, epoch))
+            return
+        # Threads, not processes: Pillow decodes outside Python's lock; a fork after OpenMP's first threads can hang.
+        workers = thread_count(self._workers)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="nvae-fast-data")
+        pending: deque = deque()
+        try:
+            for i in index:
+                pending.append(pool.submit(self._batch, i, epoch))
+                if len(pending) > workers:  # one batch per thread in work, one ready
+                    yield torch.from_numpy(pending.popleft().result())
+            while pending:
+                yield torch.from_numpy(pending.popleft().result())
+        finally:  # also when the consumer stops early or a file is bad
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, index: np.ndarray, epoch: int) -> np.ndarray:
+        """numpy only: in worker threads torch would start OpenMP threads of its own for each of them."""
+        source, pad = self.source, self._padding
+
+        def uniform(stream: int, count: int) -> np.ndarray:
+            return rng.uniform(rng.keys(self._seed, epoch, stream, index), count)
+
+        crops = uniform(rng.CROP, 2) if source.random_crop and self.train else None
+        images = source.batch(index, crops)
+        if self._flip:
+            chosen = uniform(rng.FLIP, 1)[:, 0] < 0.5
+            images[chosen] = images[chosen, :, ::-1]
+        height, width = source.height, source.width
+        out = np.zeros((len(index), source.channels, height + 2 * pad, width + 2 * pad), np.float32)
+        inner = out[:, :, pad : pad + height, pad : pad + width]
+        np.divide(images.transpose(0, 3, 1, 2), 255, out=inner, dtype=np.float32)
+        if self._binarize:
+            u = uniform(rng.BINARIZE, images[0].size).reshape(images.shape)
+            np.less(u.transpose(0, 3, 1, 2), inner, out=inner)
+        return out
+
+
+make_loader = Loader  # reads better where it is called

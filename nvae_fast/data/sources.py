@@ -1,0 +1,160 @@
+"""`open_images`: from what the user names to a sequence of images; `DATASETS`: every reader by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, unknown
+from . import arrays, cifar, lmdb_store
+from .base import ImageSource, Request, one_line
+from .folder import IMAGE_SUFFIXES, read_folder, read_zip
+from .transforms import Transform
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A way to read images, and how the reference trains on them (section 14 of the specification).
+
+    Args:
+        read: the reader.
+        side: the square size D of the model's images in pixels, padding included; None: as the data are.
+        padding: pixels of zeros to add on each side. flip: mirror half of the training images.
+        binarize: draw every pixel afresh, one with the probability of its level.
+        channels: 3 where grey files are to become RGB; None: as the data are.
+        resize: bring images to `side`; box: the part (left, top, right, bottom) that is cut out before;
+        random_crop: training images are cropped at random places.
+    """
+
+    read: Callable[[Request], ImageSource]
+    side: int | None = None
+    padding: int = 0
+    flip: bool = False
+    binarize: bool = False
+    channels: int | None = None
+    resize: bool = False
+    box: tuple[int, int, int, int] | None = None
+    random_crop: bool = False
+
+
+_CURE = "give --data the path of the images (nothing is downloaded), or --data demo"
+_FILES = {"train": "train.lmdb", "valid": "validation.lmdb"}
+
+
+def _rgb(side: int, *, value: Callable = lmdb_store.raw_rgb, box: tuple[int, int, int, int] | None = None) -> Dataset:
+    return Dataset(lmdb_store.lmdb_reader(_FILES, value), side, flip=True, channels=3, resize=True, box=box)
+
+
+def _lsun(scene: str, side: int) -> Dataset:
+    files = {"train": f"{scene}_train_lmdb", "valid": f"{scene}_val_lmdb"}
+    reader = lmdb_store.lmdb_reader(files, lmdb_store.encoded, numbered=False)
+    return Dataset(reader, side, flip=True, channels=3, resize=True, random_crop=True)
+
+
+DATASETS: dict[str, Dataset] = {
+    "demo": Dataset(arrays.read_demo, 32, padding=2, binarize=True),
+    "mnist": Dataset(arrays.read_mnist, 32, padding=2, binarize=True),
+    "fashion_mnist": Dataset(arrays.read_fashion_mnist, 32, padding=2, binarize=True),
+    "omniglot": Dataset(arrays.read_omniglot, 32, padding=2, binarize=True),
+    "stacked_mnist": Dataset(arrays.read_stacked_mnist, 32, padding=2),
+    "cifar10": Dataset(cifar.read_cifar10, 32, flip=True),
+    "celeba_64": _rgb(64, value=lmdb_store.encoded, box=(15, 40, 163, 188)),
+    "celeba_256": _rgb(256),
+    "ffhq": _rgb(256),
+    "imagenet_32": _rgb(32),
+    "lsun_bedroom_128": _lsun("bedroom", 128),
+    "lsun_church_64": _lsun("church_outdoor", 64),
+    "lsun_church_128": _lsun("church_outdoor", 128),
+    "folder": Dataset(read_folder),
+    "zip": Dataset(read_zip),
+    "npy": Dataset(arrays.read_numpy),
+    "npz": Dataset(arrays.read_numpy),
+}
+
+
+def open_images(
+    spec: str | Path,
+    *,
+    split: str = "train",
+    dataset: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    seed: int = 0,
+    valid_fraction: float = 0.1,
+) -> ImageSource:
+    """The training or the validation images of a data set.
+
+    Args:
+        spec: "demo" (the bundled images; a folder of that name is "./demo") or a path.
+        split: "train" or "valid". A set without splits of its own is cut by a permutation that depends on `seed`.
+        dataset: a name of DATASETS; None: guessed from what lies at the path.
+        image_size: (H, W) in pixels: images are scaled until they just cover it and centre-cropped; None: as they are,
+            or the `side` of a data set that is always resized.
+        valid_fraction: share of the validation images where the data have no splits, in (0, 1).
+
+    Raises:
+        InputError: one line that names the file, what was expected and what to do.
+    """
+    if split not in ("train", "valid"):
+        raise unknown("split", split, ("train", "valid"))
+    if dataset is not None and dataset not in DATASETS:
+        raise unknown("dataset", dataset, DATASETS)
+    if not 0 < valid_fraction < 1:
+        raise InputError(f"the validation share is {valid_fraction}, expected a number between 0 and 1")
+    if image_size is not None and not (len(image_size) == 2 and all(isinstance(n, int) and n > 0 for n in image_size)):
+        raise InputError(f"image size {image_size}, expected two whole numbers of pixels (height, width)")
+    path = Path(spec).expanduser()
+    try:
+        name = dataset or ("demo" if str(spec) == "demo" else guess(path))
+        if name != "demo" and not path.exists():
+            what = f"dataset {name} is not bundled" if str(spec) == "demo" else f"{path} does not exist"
+            raise InputError(f"{what}: {_CURE}")
+        return _open(name, path, split, image_size, seed, valid_fraction)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror or one_line(error)}") from None
+
+
+def _open(
+    name: str, path: Path, split: str, image_size: tuple[int, int] | None, seed: int, valid_fraction: float
+) -> ImageSource:
+    entry = DATASETS[name]
+    side = entry.side if entry.resize else None
+    size = (image_size[0], image_size[1]) if image_size else (side, side) if side else None
+    transform = Transform(size, entry.box, entry.random_crop and split == "train")
+    shown = path.resolve().name if name in ("folder", "zip", "npy", "npz") else name
+    return entry.read(Request(path, shown, split, seed, valid_fraction, transform, entry.channels))
+
+
+def guess(path: Path) -> str:
+    """The name in DATASETS for what lies at a path."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist: {_CURE}")
+    # the two have the same file names
+    digits = "fashion_mnist" if any("fashion" in part.lower() for part in path.resolve().parts[-2:]) else "mnist"
+    if path.is_file():
+        suffixes = {".npy": "npy", ".npz": "npz", ".zip": "zip", ".mat": "omniglot", ".tgz": "cifar10"}
+        if path.name.endswith(".tar.gz"):
+            return "cifar10"
+        if path.suffix.lower() in suffixes:
+            return suffixes[path.suffix.lower()]
+        if "idx3-ubyte" in path.name:
+            return digits
+        hint = "give the folder it lies in" if path.suffix.lower() in IMAGE_SUFFIXES else "name its kind with --dataset"
+        raise InputError(f"{path}: expected a folder of images or a .zip, .npy, .npz, IDX or CIFAR-10 file; {hint}")
+    fits = [
+        name
+        for name, there in (
+            (digits, arrays.find_idx(path, "MNIST")),
+            ("fashion_mnist", arrays.find_idx(path / "FashionMNIST", "")),
+            ("cifar10", cifar.find_cifar(path)),
+            ("omniglot", (path / "chardata.mat").is_file()),
+        )
+        if there
+    ]
+    if len(fits) > 1:
+        raise InputError(f"{path} holds several data sets: choose one with --dataset ({', '.join(fits)})")
+    stores = sorted(p.name for p in path.iterdir() if p.name in _FILES.values() or p.name.endswith("_lmdb"))
+    if stores and not fits:
+        names = ", ".join(name for name, entry in DATASETS.items() if entry.resize)
+        raise InputError(f"{path} holds {stores[0]}: say which data set it is with --dataset ({names})")
+    return fits[0] if fits else "folder"

@@ -1,0 +1,39 @@
+"""The fused operations, flat: `from nvae_fast import functional as F; F.bn_act(...)`."""
+
+from nvae_fast.kernels.bn_act import bn_act
+from nvae_fast.kernels.flow_cell import flow_cell
+from nvae_fast.kernels.logistic_mixture import (
+    logistic_mixture_channels,
+    logistic_mixture_log_prob,
+    logistic_mixture_mean,
+    logistic_mixture_sample,
+)
+from nvae_fast.kernels.power_iteration import power_iteration
+from nvae_fast.kernels.residual_normal import (
+    ResidualNormalOutput,
+    normal_log_prob,
+    normal_params,
+    normal_sample,
+    residual_normal,
+    soft_clamp,
+)
+from nvae_fast.kernels.se_residual import se_residual
+from nvae_fast.kernels.weight_norm import weight_norm
+
+__all__ = [
+    "ResidualNormalOutput",
+    "bn_act",
+    "flow_cell",
+    "logistic_mixture_channels",
+    "logistic_mixture_log_prob",
+    "logistic_mixture_mean",
+    "logistic_mixture_sample",
+    "normal_log_prob",
+    "normal_params",
+    "normal_sample",
+    "power_iteration",
+    "residual_normal",
+    "se_residual",
+    "soft_clamp",
+    "weight_norm",
+]

@@ -1,0 +1,119 @@
+"""Weight-normalised convolutions, plain and masked (autoregressive)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nvae_fast import functional as F
+from nvae_fast.kernels.flow_cell.reference import autoregressive_mask
+
+NORM_EPS = 1e-5
+
+
+class WeightNormConv2d(nn.Conv2d):
+    """Conv2d whose filters are rescaled to a learned norm: w_eff[o] = exp(l[o]) * w[o] / (||w[o]|| + 1e-5).
+
+    Adds the parameter `log_weight_norm` l of shape (out_channels, 1, 1, 1) after `weight` and `bias`, initialised to
+    log(||w[o]|| + 0.01). With `data_init`, the first forward call first sets l and the bias such that the output has mean 0
+    and standard deviation 0.2 per channel (Salimans & Kingma 2016); loading a state marks this as done.
+    """
+
+    def __init__(self, *args, data_init: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_weight_norm = nn.Parameter(self._initial_log_norm())
+        self.data_init_pending = data_init
+        self.effective: Tensor | None = None  # set by shared_effective_weights for the duration of a pass
+
+    @torch.no_grad()
+    def _initial_log_norm(self) -> Tensor:
+        norm = self.weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return torch.log(norm + 1e-2)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Zeros where the filter must not look (None: nowhere)."""
+        return None
+
+    def effective_weight(self) -> Tensor:
+        """The normalised (and masked) filters that forward convolves with."""
+        if self.effective is not None:
+            return self.effective
+        return F.weight_norm([self.weight], [self.log_weight_norm], [self.mask], eps=NORM_EPS)[0]
+
+    @torch.no_grad()
+    def _init_from_data(self, x: Tensor) -> None:
+        norm = self.weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        y = self._conv_forward(x.to(self.weight.dtype), self.weight / (norm + NORM_EPS), None)
+        mean, std = y.mean((0, 2, 3)), 5 * y.std((0, 2, 3))
+        if dist.is_available() and dist.is_initialized():
+            for stat in (mean, std):
+                dist.all_reduce(stat)
+                stat /= dist.get_world_size()
+        if self.bias is not None:
+            self.bias.copy_(-mean / (std + NORM_EPS))
+        self.log_weight_norm.copy_(-torch.log(std + NORM_EPS).view(-1, 1, 1, 1))
+        self.data_init_pending = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.data_init_pending:
+            self._init_from_data(x)
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.data_init_pending = False
+
+
+class MaskedConv2d(WeightNormConv2d):
+    """Weight-normalised convolution that sees only pixels before the current one (raster order; after it with `mirror`).
+
+    Stride 1, "same" padding. At the centre pixel, output channel block i sees the input blocks 0..i, or 0..i-1 with
+    `strict`. The mask enters before the norm and is not part of the state_dict. `log_norm_shift` is added to the initial l.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, groups: int = 1, bias: bool = False,
+                 strict: bool = False, mirror: bool = False, log_norm_shift: float = 0.0) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2, groups=groups, bias=bias)
+        mask = autoregressive_mask(out_channels, in_channels, kernel_size, groups, strict=strict, mirror=mirror)
+        self.register_buffer("_mask", mask, persistent=False)
+        with torch.no_grad():
+            norm = (self.weight * mask).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            self.log_weight_norm.copy_(torch.log(norm + 1e-2) + log_norm_shift)
+
+    @property
+    def mask(self) -> Tensor:
+        return self._mask
+
+
+@contextmanager
+def shared_effective_weights(convs: Iterable[nn.Conv2d]) -> Iterator[None]:
+    """Normalise the weights of all `convs` in one call and let their forwards (and the regulariser) share them inside.
+
+    Plain convolutions are passed over, as are those that are still to be initialised from data. Nested uses share the outer.
+    """
+    todo = [c for c in convs if isinstance(c, WeightNormConv2d) and c.effective is None and not c.data_init_pending]
+    if todo:
+        weights = F.weight_norm(
+            [c.weight for c in todo], [c.log_weight_norm for c in todo], [c.mask for c in todo], eps=NORM_EPS
+        )
+        for conv, weight in zip(todo, weights, strict=True):
+            conv.effective = weight
+    try:
+        yield
+    finally:
+        for conv in todo:
+            conv.effective = None
+
+
+def same_padding(kernel_size: int, dilation: int = 1) -> int:
+    """The padding that keeps the size at stride 1."""
+    return dilation * (kernel_size - 1) // 2
+
+
+LOG_TENTH = math.log(0.1)

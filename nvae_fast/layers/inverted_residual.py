@@ -1,0 +1,47 @@
+"""The inverted residual (MBConv) branch of NVAE's cells."""
+
+from __future__ import annotations
+
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from nvae_fast.errors import InputError
+from nvae_fast.layers.conv import same_padding
+from nvae_fast.layers.norm import BatchNormAct2d
+
+
+class InvertedResidual(nn.Module):
+    """[nearest x2] -> BN -> 1x1 (Cin -> E Cin) -> BN + Swish -> k x k depthwise -> BN + Swish -> 1x1 (-> Cout) -> BN.
+
+    `stride` 1 keeps, 2 halves and -1 doubles the resolution. `groups` 0 means depthwise, any other number grouped
+    convolution. No bias, no weight normalisation, no skip connection: NVAE's `mconv_e{E}k{k}g{g}`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, expansion: float = 6, kernel_size: int = 5, stride: int = 1,
+                 groups: int = 0, eps: float = 1e-5, momentum: float = 0.05) -> None:  # fmt: skip
+        super().__init__()
+        if stride not in (-1, 1, 2):
+            raise InputError(f"stride={stride} of an inverted residual must be 1, 2 or -1 (up-sampling)")
+        hidden = round(in_channels * expansion)
+        if groups and hidden % groups:
+            raise InputError(
+                f"hidden width {hidden} = {in_channels} * {expansion} must be a multiple of groups={groups}: "
+                f"use a width that is, or another arch_instance"
+            )
+        self.upsample = stride == -1
+        bn = {"eps": eps, "momentum": momentum}
+        self.bn_in = BatchNormAct2d(in_channels, act="identity", **bn)
+        self.expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn_expand = BatchNormAct2d(hidden, act="swish", **bn)
+        self.depthwise = nn.Conv2d(hidden, hidden, kernel_size, 2 if stride == 2 else 1, same_padding(kernel_size),
+                                   groups=groups or hidden, bias=False)  # fmt: skip
+        self.bn_depthwise = BatchNormAct2d(hidden, act="swish", **bn)
+        self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn_out = BatchNormAct2d(out_channels, act="identity", **bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.upsample:
+            x = tf.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.bn_expand(self.expand(self.bn_in(x)))
+        x = self.bn_depthwise(self.depthwise(x))
+        return self.bn_out(self.project(x))

@@ -1,0 +1,282 @@
+"""NVAE: a deep hierarchical VAE with bottom-up and top-down towers of residual cells (Vahdat & Kautz 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nvae_fast import functional as F
+from nvae_fast.cells import ARCHITECTURES, Cell, DecoderCombiner, EncoderCombiner
+from nvae_fast.config import NVAEConfig
+from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
+from nvae_fast.errors import InputError
+from nvae_fast.flows import FlowCell
+from nvae_fast.layers import BatchNormAct2d, WeightNormConv2d, shared_effective_weights
+from nvae_fast.layers.norm import bn_regularizer
+from nvae_fast.objective import balance_kl, kl_alpha, reconstruction_loss
+from nvae_fast.regularization import SpectralState
+
+
+class NVAEOutput(NamedTuple):
+    """What a pass over a batch yields (N groups top-down, B images, Z latent channels, O head channels; nats)."""
+
+    logits: Tensor  # [B, O, H, W] parameters of the output distribution
+    kl_all: Tensor  # [N, B] KL of each group, summed over channels and space
+    kl_diag: Tensor  # [N, Z] KL of each channel, summed over space, averaged over the batch
+    log_q: Tensor  # [B] log density of the drawn latents under the posterior
+    log_p: Tensor  # [B] and under the prior
+
+
+class NVAE(nn.Module):
+    """The model of a configuration. Images are [B, C, H, W] in [0, 1]; latents are drawn top-down, group 0 the smallest.
+
+    `parameters()` come in the order of the public code, so that optimiser states carry over.
+    """
+
+    def __init__(self, config: NVAEConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        top_scale = c.num_preprocess_blocks + c.num_latent_scales - 1
+        enc, dec = c.num_channels_enc, c.num_channels_dec
+        top_h, top_w = (side // c.total_stride for side in c.image_size)
+        self.prior_ftr0 = nn.Parameter(torch.rand(dec * 2**top_scale, top_h, top_w))
+        self.stem = WeightNormConv2d(c.channels, enc, 3, padding=1)
+        self.pre_process = nn.ModuleList()
+        for block in range(c.num_preprocess_blocks):
+            width = enc * 2**block
+            self.pre_process.extend(self._cell("pre", width, width) for _ in range(c.num_preprocess_cells - 1))
+            self.pre_process.append(self._cell("pre", width, 2 * width, stride=2))
+
+        self.enc_tower = nn.ModuleList()
+        if not c.vanilla:
+            self._build_encoder_tower()
+        top_width = enc * 2**top_scale
+        self.enc0 = nn.Sequential(nn.ELU(), WeightNormConv2d(top_width, top_width, 1), nn.ELU())
+
+        scale_of_group = [s for s in reversed(range(c.num_latent_scales)) for _ in range(c.groups_per_scale[s])]
+        z = c.num_latent_per_group
+        self.enc_sampler = nn.ModuleList(
+            WeightNormConv2d(enc * 2 ** (c.num_preprocess_blocks + s), 2 * z, 3, padding=1) for s in scale_of_group
+        )
+        self.dec_sampler = nn.ModuleList(
+            nn.Sequential(nn.ELU(), WeightNormConv2d(dec * 2 ** (c.num_preprocess_blocks + s), 2 * z, 1))
+            for s in scale_of_group[1:]
+        )
+        self.nf_cells = nn.ModuleList(FlowCell(z) for _ in range(len(scale_of_group) * c.num_nf))
+        if c.vanilla:
+            self.stem_decoder = WeightNormConv2d(z, enc * 2**c.num_preprocess_blocks, 1)
+        else:
+            self.dec_tower = nn.ModuleList()
+            self._build_decoder_tower()
+
+        self.post_process = nn.ModuleList()
+        for block in reversed(range(c.num_postprocess_blocks)):
+            width = dec * 2**block
+            self.post_process.append(self._cell("post", 2 * width, width, stride=-1))
+            self.post_process.extend(self._cell("post", width, width) for _ in range(c.num_postprocess_cells - 1))
+        head = output_channels(c.output_likelihood, c.channels, c.num_mixture_dec)
+        self.image_conditional = nn.Sequential(nn.ELU(), WeightNormConv2d(dec, head, 3, padding=1))
+
+    def _cell(self, place: str, in_channels: int, out_channels: int, stride: int = 1) -> Cell:
+        ops = ARCHITECTURES[self.config.arch_instance][place]
+        return Cell(in_channels, out_channels, ops, stride=stride, use_se=self.config.use_se)
+
+    def _build_encoder_tower(self) -> None:
+        c = self.config
+        for s, groups in enumerate(c.groups_per_scale):
+            scale = 2 ** (c.num_preprocess_blocks + s)
+            enc, dec = c.num_channels_enc * scale, c.num_channels_dec * scale
+            last_scale = s == c.num_latent_scales - 1
+            for g in range(groups):
+                self.enc_tower.extend(self._cell("enc", enc, enc) for _ in range(c.num_cell_per_cond_enc))
+                if not (last_scale and g == groups - 1):
+                    self.enc_tower.append(EncoderCombiner(enc, dec))
+            if not last_scale:
+                self.enc_tower.append(self._cell("enc", enc, 2 * enc, stride=2))
+
+    def _build_decoder_tower(self) -> None:
+        c = self.config
+        for s in reversed(range(c.num_latent_scales)):
+            dec = c.num_channels_dec * 2 ** (c.num_preprocess_blocks + s)
+            for g in range(c.groups_per_scale[s]):
+                if not (s == c.num_latent_scales - 1 and g == 0):
+                    self.dec_tower.extend(self._cell("dec", dec, dec) for _ in range(c.num_cell_per_cond_dec))
+                self.dec_tower.append(DecoderCombiner(dec, c.num_latent_per_group))
+            if s > 0:
+                self.dec_tower.append(self._cell("dec", dec, dec // 2, stride=-1))
+
+    # ---- passes ----------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> NVAEOutput:
+        """Encode and decode a batch. `noise`: one standard-normal tensor [B, Z, h, w] per group, top-down (None: drawn)."""
+        with shared_effective_weights(self.convolutions()):
+            return self.decode_posterior(self.bottom_up(x), noise)
+
+    def bottom_up(self, x: Tensor) -> list[Tensor]:
+        """The deterministic features that each group's posterior sees, top-down: [B, width, h, w] per group."""
+        self._check_images(x)
+        h = self.stem(2.0 * reduce_bits(x, self.config.num_x_bits) - 1.0)
+        for cell in self.pre_process:
+            h = cell(h)
+        features = []
+        for module in self.enc_tower:
+            if isinstance(module, EncoderCombiner):
+                features.append(h)
+            else:
+                h = module(h)
+        return [self.enc0(h), *reversed(features)]
+
+    def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> NVAEOutput:
+        """The top-down pass with every latent drawn from its posterior, given the features of `bottom_up`."""
+        noise = self._check_noise(noise, features[0].shape[0])
+        combiners = [m for m in reversed(self.enc_tower) if isinstance(m, EncoderCombiner)]
+        kl, log_q, log_p = [], [], []
+
+        def posterior(i: int, h: Tensor | None) -> Tensor:
+            f = features[0] if i == 0 else combiners[i - 1](features[i], h)
+            mu_q, ls_q = self.enc_sampler[i](f).chunk(2, dim=1)
+            mu_p, ls_p = (None, None) if i == 0 else self.dec_sampler[i - 1](h).chunk(2, dim=1)
+            out = F.residual_normal(mu_q, ls_q, mu_p, ls_p, noise[i], residual=self.config.res_dist)
+            z, kl_i, log_p_i = out.z, out.kl, out.log_p
+            if self.config.num_nf:
+                for n in range(self.config.num_nf):
+                    z = self.nf_cells[i * self.config.num_nf + n](z)
+                if mu_p is None:
+                    mu_p = ls_p = torch.zeros_like(z)
+                log_p_i = F.normal_log_prob(z, mu_p, ls_p)
+                kl_i = out.log_q - log_p_i
+            kl.append(kl_i)
+            log_q.append(out.log_q)
+            log_p.append(log_p_i)
+            return z
+
+        logits = self._top_down(posterior, features[0].shape[0])
+        kl_groups = torch.stack(kl)  # [N, B, Z]
+        return NVAEOutput(
+            logits, kl_groups.sum(2), kl_groups.mean(1), torch.stack(log_q).sum((0, 2)), torch.stack(log_p).sum((0, 2))
+        )
+
+    def sample(self, n: int, temperature: float | Sequence[float] = 1.0, noise: Sequence[Tensor] | None = None,
+               generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
+        """Logits [n, O, H, W] of n draws from the prior; `temperature` scales every sigma (a number, or one per group)."""
+        groups = len(self.config.latent_shapes)
+        temperatures = [float(temperature)] * groups if isinstance(temperature, (int, float)) else list(temperature)
+        if len(temperatures) != groups or min(temperatures) < 0:
+            raise InputError(f"temperature={temperature} must be a number >= 0, or one per group ({groups} of them)")
+        noise = self._check_noise(noise, n)
+
+        def prior(i: int, h: Tensor | None) -> Tensor:
+            if i == 0:
+                mu = log_sigma = self.prior_ftr0.new_zeros(n, *self.config.latent_shapes[0])
+            else:
+                mu, log_sigma = self.dec_sampler[i - 1](h).chunk(2, dim=1)
+            return F.normal_sample(mu, log_sigma, noise[i], temperature=temperatures[i], generator=generator)
+
+        with shared_effective_weights(self.convolutions()):
+            return self._top_down(prior, n)
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Logits [B, O, H, W] for given latents [B, Z, h, w], one per group, top-down."""
+        latents = self._check_noise(latents, latents[0].shape[0])
+        with shared_effective_weights(self.convolutions()):
+            return self._top_down(lambda i, h: latents[i], latents[0].shape[0])
+
+    def _top_down(self, draw, batch: int) -> Tensor:
+        """Decoder and head; `draw(i, h)` supplies the latent of group i given the top-down state h (None for group 0)."""
+        if self.config.vanilla:
+            h = self.stem_decoder(draw(0, None))
+        else:
+            h, i = self.prior_ftr0.expand(batch, -1, -1, -1), 0
+            for module in self.dec_tower:
+                if isinstance(module, DecoderCombiner):
+                    h, i = module(h, draw(i, h if i else None)), i + 1
+                else:
+                    h = module(h)
+        for cell in self.post_process:
+            h = cell(h)
+        return self.image_conditional(h)
+
+    # ---- the objective ---------------------------------------------------------------------------------------------------
+
+    def decoder_output(self, logits: Tensor):
+        """The distribution of images that `logits` stand for: .log_prob(x), .sample(temperature, noise), .mean."""
+        c = self.config
+        return decoder_distribution(logits, likelihood=c.output_likelihood, channels=c.channels,
+                                    num_mixtures=c.num_mixture_dec, num_bits=c.num_x_bits, compat=c.compat)  # fmt: skip
+
+    def loss(self, x: Tensor, *, kl_coeff: float = 1.0, spectral_coeff: float = 0.0, noise: Sequence[Tensor] | None = None,
+             spectral: SpectralState | None = None) -> dict[str, Tensor]:  # fmt: skip
+        """Every term of the training objective by name (nats; B images, N groups).
+
+        total = mean_B(recon + balanced_kl) + spectral_coeff * (spectral + bn). `recon` [B] is -log p(x|z), `kl` [B] the plain
+        sum over groups, `balanced_kl` [B] = kl_coeff * sum_i gamma_i kl_i with gamma = `kl_coeffs` [N] (all 1 in eval mode or
+        once kl_coeff is 1), `kl_all` [N, B]. `spectral` is the sum of all convolutions' largest singular values as tracked by
+        the SpectralState (a fresh one if None), `bn` the BN regulariser; both are 0 while spectral_coeff is 0.
+        """
+        c = self.config
+        with shared_effective_weights(self.convolutions()):
+            out = self(x, noise)
+            bn = sr = out.log_q.new_zeros(())
+            if spectral_coeff:
+                sr = (spectral if spectral is not None else SpectralState())(self.convolutions())
+                bn = bn_regularizer(self.batch_norms())
+        dist = self.decoder_output(out.logits)
+        recon = reconstruction_loss(dist, reduce_bits(x, c.num_x_bits), c.padding)
+        balanced, gamma = balance_kl(
+            out.kl_all, kl_coeff, kl_alpha(c.groups_per_scale, c.training.kl_balance), balance=self.training
+        )
+        total = (recon + balanced).mean() + spectral_coeff * (sr + bn)
+        return {
+            "total": total, "recon": recon, "kl": out.kl_all.sum(0), "balanced_kl": balanced, "kl_all": out.kl_all,
+            "kl_coeffs": gamma, "spectral": sr, "bn": bn, "logits": out.logits, "kl_diag": out.kl_diag,
+            "log_q": out.log_q, "log_p": out.log_p,
+        }  # fmt: skip
+
+    # ---- parts and files -------------------------------------------------------------------------------------------------
+
+    def convolutions(self) -> list[nn.Conv2d]:
+        """Every convolution of the model, in parameter order."""
+        return [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+
+    def batch_norms(self) -> list[BatchNormAct2d]:
+        """Every batch normalisation of the model, in parameter order."""
+        return [m for m in self.modules() if isinstance(m, BatchNormAct2d)]
+
+    def load_nvlabs_state_dict(self, state_dict) -> None:
+        """Load a state dict with the public code's key names; strict, but for the optional `weight_normalized` twins."""
+        from nvae_fast.checkpoint.nvlabs import from_nvlabs_state_dict
+
+        from_nvlabs_state_dict(self, state_dict)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors into `directory` (each file whole or not at all)."""
+        from nvae_fast.checkpoint.native import save_model
+
+        save_model(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> NVAE:
+        """The model that `save_pretrained` wrote, in eval mode."""
+        from nvae_fast.checkpoint.native import load_model
+
+        return load_model(directory)
+
+    def _check_images(self, x: Tensor) -> None:
+        expected = (self.config.channels, *self.config.image_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise InputError(f"images of shape {tuple(x.shape)}: this model takes [B, {', '.join(map(str, expected))}]")
+        if not x.is_floating_point():
+            raise InputError(f"images of type {x.dtype}: expected floats in [0, 1]; divide integers by 255")
+
+    def _check_noise(self, noise: Sequence[Tensor] | None, batch: int) -> Sequence[Tensor | None]:
+        shapes = [(batch, *shape) for shape in self.config.latent_shapes]
+        if noise is None:
+            return [None] * len(shapes)
+        given = [tuple(t.shape) for t in noise]
+        if given != shapes:
+            raise InputError(f"{len(given)} noise or latent tensors of shapes {given}: expected one per group, {shapes}")
+        return noise

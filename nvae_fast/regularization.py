@@ -1,0 +1,84 @@
+"""Spectral regularisation of all convolutions by power iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nvae_fast import functional as F
+from nvae_fast.errors import InputError
+from nvae_fast.layers.conv import WeightNormConv2d
+
+FIRST_ITERATIONS, ITERATIONS = 40, 4
+
+
+class SpectralState:
+    """The singular vectors of every convolution, carried from step to step.
+
+    Calling it with the convolutions returns the sum of sigma = u^T W v over their effective weights W, seen as matrices
+    (Cout, rest), after 40 power iterations the first time a shape is seen and 4 later. u and v are constants for the gradient:
+    d sigma / dW = u v^T. `u["RxC"]` is [n, R] and `v["RxC"]` [n, C] for the n matrices of that shape, in layer order.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.u: dict[str, Tensor] = {}
+        self.v: dict[str, Tensor] = {}
+        self.seed = seed
+        self._warm: set[str] = set()  # shapes that have had their long first run
+
+    def __call__(self, convs: Sequence[nn.Conv2d]) -> Tensor:
+        """The spectral regulariser (a scalar); moves u and v."""
+        groups: dict[str, list[Tensor]] = {}
+        for conv in convs:
+            weight = conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
+            groups.setdefault(shape_key(weight), []).append(weight)
+        total = []
+        for iterations in (FIRST_ITERATIONS, ITERATIONS):
+            keys = [k for k in groups if (k in self._warm) == (iterations == ITERATIONS)]
+            if keys:
+                total.append(self._advance({k: groups[k] for k in keys}, iterations))
+        self._warm.update(groups)
+        return torch.stack(total).sum()
+
+    def _advance(self, groups: dict[str, list[Tensor]], iterations: int) -> Tensor:
+        for key, weights in groups.items():
+            self._ensure_vectors(key, weights)
+        sigma, u, v = F.power_iteration(
+            [w for weights in groups.values() for w in weights],
+            [row for k in groups for row in self.u[k]],
+            [row for k in groups for row in self.v[k]],
+            iterations=iterations,
+        )
+        done = 0
+        for key, weights in groups.items():
+            rows = slice(done, done + len(weights))
+            self.u[key], self.v[key] = torch.stack(list(u[rows])), torch.stack(list(v[rows]))
+            done += len(weights)
+        return sigma.sum()
+
+    def _ensure_vectors(self, key: str, weights: list[Tensor]) -> None:
+        if key not in self.u:  # seeded by shape, so that no other shape changes them
+            rows, columns = map(int, key.split("x"))
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + rows * 65_537 + columns)
+            for store, width in ((self.u, rows), (self.v, columns)):
+                vectors = torch.randn(len(weights), width, generator=generator).to(weights[0].device)
+                store[key] = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-3)
+        elif self.u[key].shape[0] != len(weights):
+            raise InputError(f"spectral state holds {self.u[key].shape[0]} matrices of {key}, the model has {len(weights)}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """u and v by `u/RxC` and `v/RxC`."""
+        return {f"{name}/{k}": t for name, store in (("u", self.u), ("v", self.v)) for k, t in store.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], *, warm: bool = True) -> None:
+        """Take over what `state_dict` returned; the next call iterates 4 times if `warm`, else 40 times."""
+        self.u = {k.removeprefix("u/"): t.clone() for k, t in state.items() if k.startswith("u/")}
+        self.v = {k.removeprefix("v/"): t.clone() for k, t in state.items() if k.startswith("v/")}
+        self._warm = set(self.u) if warm else set()
+
+
+def shape_key(weight: Tensor) -> str:
+    """ "RxC" of a convolution weight seen as a matrix (Cout, rest)."""
+    return f"{weight.shape[0]}x{weight[0].numel()}"

@@ -1,0 +1,46 @@
+"""For every test: memory from torch.empty (also from C++) holds NaN, so that an output nobody wrote fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empty() -> Iterator[None]:
+    # Memory is filled only under deterministic algorithms; a warning, not an error, where one does not exist.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Folder of the numbers taken from the reference implementation."""
+    return Path(__file__).parent / "data" / "nvae_reference"
+
+
+@pytest.fixture(scope="session")
+def within_budget() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """within_budget(got, plain, exact): got may be twice as far from exact (float64) as the plain op in that dtype is, plus
+    one unit in the last place of the largest value."""
+
+    def check(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+        assert got.shape == exact.shape and got.dtype == plain.dtype and exact.dtype == torch.float64
+        assert got.isfinite().all()
+        if not got.numel():
+            return
+        error, plain_error = ((t.double() - exact).abs().max().item() for t in (got, plain))
+        budget = 2 * (plain_error + torch.finfo(got.dtype).eps * exact.abs().max().item())
+        assert error <= budget, f"error {error:.2e} over the budget {budget:.2e} (plain op: {plain_error:.2e})"
+
+    return check

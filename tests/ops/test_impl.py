@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+from nvae_fast import env
+from nvae_fast.kernels import _impl, use_impl
+from nvae_fast.kernels import residual_normal as rn
+
+X = torch.randn(2, 3, 4, 4)
+HAS_NATIVE = _impl.load_native()[0] is not None
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """An empty table of ops."""
+    monkeypatch.setattr(_impl, "_ops", {})
+    return _impl
+
+
+def no(reason):
+    return lambda tensors: reason
+
+
+def yes(tensors):
+    return None
+
+
+def test_auto_takes_the_first_that_can_run(table):
+    table.register("op", cuda=no("no CUDA"), triton=yes, cpu=yes)
+    assert table.resolve_impl("op", "auto", X) == "triton"
+    assert table.resolve_impl("op", "cpu", X) == "cpu"
+    assert table.resolve_impl("op", "reference", X) == "reference"
+    table.register("op", cuda=no("no CUDA"))
+    assert table.resolve_impl("op", "auto", X) == "reference"
+    assert table.explain("op", X) == {"cuda": "no CUDA", "reference": None}
+    assert table.table() == [{"op": "op", "auto": "reference", "not": {"cuda": "no CUDA"}}]
+
+
+def test_a_named_implementation_never_falls_back(table):
+    table.register("op", cuda=no("these tensors are on the CPU"), cpu=yes)
+    with pytest.raises(RuntimeError, match="^op: impl='cuda' cannot run: these tensors are on the CPU; impl='auto' .*"):
+        table.resolve_impl("op", "cuda", X)
+    with pytest.raises(RuntimeError, match="^op has no 'triton' implementation: use .*auto.* cuda, cpu, reference$"):
+        table.resolve_impl("op", "triton", X)
+    with pytest.raises(ValueError, match="^unknown impl 'fast': expected one of auto, reference, cpu, triton, cuda$"):
+        table.resolve_impl("op", "fast", X)
+
+
+def test_use_impl_changes_auto_only(table):
+    table.register("op", cuda=no("no CUDA"), cpu=yes)
+    table.register("plain")
+    with use_impl("reference"):
+        assert table.resolve_impl("op", "auto", X) == "reference"
+        assert table.resolve_impl("op", "cpu", X) == "cpu"
+        with use_impl("auto"):
+            assert table.resolve_impl("op", "auto", X) == "cpu"
+        assert table.resolve_impl("op", "auto", X) == "reference"
+    with use_impl("cuda"):
+        assert table.resolve_impl("plain", "auto", X) == "reference"
+        with pytest.raises(RuntimeError, match="op: impl='cuda' cannot run: no CUDA"):
+            table.resolve_impl("op", "auto", X)
+    assert table.resolve_impl("op", "auto", X) == "cpu"
+    with pytest.raises(ValueError, match="unknown impl 'fast'"):
+        use_impl("fast")
+
+
+def test_use_impl_is_undone_by_an_error(table):
+    table.register("op", cpu=yes)
+    with pytest.raises(KeyError), use_impl("reference"):
+        raise KeyError
+    assert table.resolve_impl("op", "auto", X) == "cpu"
+
+
+def test_backward_on_another_thread_follows_its_forward():
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float32, requires_grad=True)
+    outputs = [rn.residual_normal(x, x, noise=torch.ones(1, 2, 4, 4)).kl.sum()]
+    with use_impl("reference"):
+        outputs.append(rn.residual_normal(x, x, noise=torch.ones(1, 2, 4, 4)).kl.sum())
+    gradients = []
+    for out in outputs:
+        thread = threading.Thread(target=lambda out=out: gradients.append(torch.autograd.grad(out, x)[0]))
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="built without the native extension")
+def test_use_impl_inside_and_around_a_compiled_function():
+    noise = torch.randn(2, 3, 4, 4)
+    f = torch.compile(lambda x: rn.residual_normal(x, x, noise=noise).z, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    fused = f(X)
+    with use_impl("reference"):
+        plain = f(X)
+        assert torch.equal(plain, rn.residual_normal(X, X, noise=noise, impl="reference").z)
+    assert torch.equal(fused, rn.residual_normal(X, X, noise=noise, impl="cpu").z)
+    assert torch.equal(f(X), fused)
+
+
+def test_a_missing_extension_is_said_once(monkeypatch):
+    reason = "nvae_fast was installed without its native extension"
+    monkeypatch.setattr(_impl, "load_native", lambda: (None, reason))
+    _impl._say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _impl.table()
+        assert not said
+        for _ in range(3):
+            rn.residual_normal(X, X)
+    _impl._say_once.cache_clear()
+    assert [str(w.message) for w in said] == [f"{reason}; until then ops run their PyTorch references"]
+    with pytest.raises(RuntimeError, match=reason):
+        rn.residual_normal(X, X, impl="cpu")
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="built without the native extension")
+def test_another_torch_than_the_one_built_for(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    module, reason = _impl.load_native.__wrapped__()
+    assert module is None and reason.endswith(", this is 99.0: reinstall nvae_fast") and "\n" not in reason
+
+
+def test_env_names_every_op_and_the_reasons():
+    facts = env.environment()
+    rows = {(row["device"], row["dtype"], row["op"]): row for row in facts["ops"]}
+    row = rows["cpu", "float32", "residual_normal"]
+    assert row["auto"] == ("cpu" if HAS_NATIVE else "reference")
+    assert facts["extension"]["loaded"] == HAS_NATIVE
+    printed = subprocess.run([sys.executable, "-m", "nvae_fast.env"], capture_output=True, text=True, check=True).stdout
+    assert all(op in printed for op in ("residual_normal", "normal_sample", "torch " + torch.__version__.split("+")[0]))
