@@ -87,7 +87,6 @@ def extension() -> tuple[list, dict]:
         sources + kernels,
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=macros,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp", "-s"],
     )
     objects = ROOT / "build" / f"native-{sys.implementation.cache_tag}-torch{torch.__version__}"
@@ -103,6 +102,8 @@ def guarded(base: type[build_ext], objects: str) -> type[build_ext]:
             self.build_temp = objects
 
         def build_extensions(self) -> None:
+            for module in self.extensions:  # fresh lists: the base appends to them each time, and other flags recompile
+                module.extra_compile_args = {"cxx": [*CXX_FLAGS], "nvcc": [*NVCC_FLAGS]}
             try:
                 super().build_extensions()
             except Exception as error:

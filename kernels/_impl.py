@@ -17,6 +17,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def explain(op: str, *tensors: Tensor) -> dict[str, str | None]:
     return {name: predicate(tensors) for name, predicate in _ops[op].items()} | {"reference": None}
 
 
-def table(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, object]]:
+def table(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """One row per registered op: `op`, `auto` (what an input of this device and dtype would take), `not` (why not)."""
     probe = torch.empty(0, device=device, dtype=dtype)
     rows = []
@@ -138,8 +139,8 @@ def _say_once(reason: str) -> None:
 
 # torch.compile must not look inside: they import and warn, and what they return is a constant of the process. This is what
 # torch.compiler.assume_constant_result does, which would import torch._dynamo along with this module.
-_native_reason._dynamo_marked_constant = True
-_say_once._dynamo_marked_constant = True
+for _function in (_native_reason, _say_once):
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def _check_name(name: str) -> None:

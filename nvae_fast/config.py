@@ -142,7 +142,7 @@ class NVAEConfig:
                 f"num_channels_enc={self.num_channels_enc} and num_channels_dec={self.num_channels_dec} must be equal "
                 "with one scale of one group (the latent decoder has the encoder's width)"
             )
-        check_size(*self.image_size, self.total_stride)
+        check_size(*self.image_size, self.total_stride, padding=self.padding)
 
     @property
     def vanilla(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvae_fast.distributions import reduce_bits
 from nvae_fast.layers import shared_effective_weights
@@ -30,6 +31,17 @@ class Likelihood(NamedTuple):
     num_iw_samples: int
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside the block; afterwards the mode is what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def evaluate(model: NVAE, batches: Iterable[Tensor], *, num_iw_samples: int = 1, seed: int = 0) -> Likelihood:
     """-ELBO and -log p(x) ~ -(logsumexp_k log w_k - ln K) with K = `num_iw_samples` draws per image, in eval mode.
@@ -37,15 +49,6 @@ def evaluate(model: NVAE, batches: Iterable[Tensor], *, num_iw_samples: int = 1,
     log w = log p(x|z) + log p(z) - log q(z|x). The bottom-up pass runs once per image. Noise comes from `seed` alone, the
     global random state is left as it was.
     """
-    training = model.training
-    model.eval()
-    try:
-        return _evaluate(model, batches, num_iw_samples, seed)
-    finally:
-        model.train(training)
-
-
-def _evaluate(model: NVAE, batches: Iterable[Tensor], num_iw_samples: int, seed: int) -> Likelihood:
     device, config = model.prior_ftr0.device, model.config
     shapes = config.latent_shapes
     generator = torch.Generator(device).manual_seed(seed)
@@ -53,7 +56,7 @@ def _evaluate(model: NVAE, batches: Iterable[Tensor], num_iw_samples: int, seed:
     kl_groups = torch.zeros(len(shapes), dtype=torch.float64)
     kl_diag = torch.zeros(len(shapes), config.num_latent_per_group, dtype=torch.float64)
     images = 0
-    with shared_effective_weights(model.convolutions()):
+    with eval_mode(model), shared_effective_weights(model.convolutions()):
         for x in batches:
             x = x.to(device)
             features = model.bottom_up(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.errors import RunError
+from nvae_fast.evaluation import eval_mode
 from nvae_fast.layers import shared_effective_weights
 from nvae_fast.model import NVAE
 
@@ -25,14 +26,11 @@ def sample_images(
     """n images [n, C, H, W] in [0, 1] (on the CPU), drawn from the prior in eval mode; equal for equal seeds."""
     device = model.prior_ftr0.device
     generator = torch.Generator(device).manual_seed(seed)
-    training = model.training
-    model.eval()
     images = []
-    with shared_effective_weights(model.convolutions()):
+    with eval_mode(model), shared_effective_weights(model.convolutions()):
         for start in range(0, n, batch_size):
             logits = model.sample(min(batch_size, n - start), temperature, generator=generator)
             images.append(show(model, logits, generator).cpu())
-    model.train(training)
     return torch.cat(images)
 
 
@@ -42,11 +40,8 @@ def reconstruct_images(model: NVAE, x: Tensor, *, seed: int = 0) -> Tensor:
     device = model.prior_ftr0.device
     generator = torch.Generator(device).manual_seed(seed)
     noise = [torch.randn(len(x), *shape, generator=generator, device=device) for shape in model.config.latent_shapes]
-    training = model.training
-    model.eval()
-    images = show(model, model(x.to(device), noise).logits, generator)
-    model.train(training)
-    return images.cpu()
+    with eval_mode(model):
+        return show(model, model(x.to(device), noise).logits, generator).cpu()
 
 
 @torch.no_grad()

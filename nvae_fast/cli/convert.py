@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> None:
     if source.is_file():
         if target.suffix in (".pt", ".pth") or target.is_file():
             raise InputError(f"'{source}' is an official file already: give a folder as the target, not '{target}'")
+        if (target / "checkpoints").exists():
+            raise InputError(f"'{target}' holds a run: give another folder as the target")
         model = nvae_fast.load_nvlabs_checkpoint(source)
         model.save_pretrained(target)
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters: {target}")

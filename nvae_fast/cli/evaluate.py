@@ -10,7 +10,16 @@ import json
 from pathlib import Path
 
 from nvae_fast.checkpoint.files import atomic_write
-from nvae_fast.cli.flags import OnOff, add_device_flags, load_model, with_data
+from nvae_fast.cli.flags import (
+    OnOff,
+    add_device_flag,
+    add_seed_flag,
+    add_workers_flag,
+    load_model,
+    require_at_least_1,
+    temperatures,
+    with_data,
+)
 from nvae_fast.errors import InputError
 
 NAME = "evaluate"
@@ -28,21 +37,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=0, help="images at a time [0: as in training]")
     parser.add_argument("--limit", type=int, help="evaluate the first LIMIT images only")
     parser.add_argument("--readjust_bn", action=OnOff, default=False, help="500 prior passes at --temp first (sample)")
-    parser.add_argument("--temp", type=float, default=0.7, help="temperature (sample) [0.7]")
+    parser.add_argument("--temp", type=temperatures, default=0.7, help="temperature (sample) [0.7]")
     parser.add_argument("--num_samples", type=int, default=50_000, help="images to draw (sample) [50000]")
     parser.add_argument("--save", "--out", dest="save", help="folder of the results [the folder of the model]")
-    parser.add_argument("--seed", type=int, default=1)
+    add_seed_flag(parser)
     for name in ("fid_dir", "master_address", "local_rank", "world_size"):
         parser.add_argument(f"--{name}", help="accepted: there is one process" if name != "fid_dir" else "accepted, unused")
-    add_device_flags(parser)
+    add_device_flag(parser)
+    add_workers_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.eval_mode not in MODES:
         raise InputError(f"--eval_mode {args.eval_mode} is not available: use {' or '.join(MODES)}")
-    for name in ("num_iw_samples", "num_samples"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+    require_at_least_1(args, "num_iw_samples", "num_samples")
+    if args.batch_size < 0:
+        raise InputError(f"--batch_size={args.batch_size} must be at least 0 (0: as in training)")
     path = args.model or args.checkpoint
     model = load_model(path, args)
     folder = Path(args.save) if args.save else Path(path) if Path(path).is_dir() else Path(path).parent
@@ -72,14 +82,13 @@ def _evaluate(model, folder: Path, args: argparse.Namespace) -> None:
 
     config = with_data(model.config, args)
     split = "train" if args.eval_on_train else "valid"
-    height_width = config.data_size
-    source = open_split(config, split, image_size=None if config.training.data == "demo" else height_width)
+    source = open_split(config, split, image_size=config.data_size)
     batches = loader(config, source, train=False, batch_size=args.batch_size or None, workers=args.workers, limit=args.limit)
     result = evaluate(model, batches, num_iw_samples=args.num_iw_samples, seed=args.seed)
     values = result._asdict() | {"data": config.training.data, "split": split, "seed": args.seed}
-    atomic_write(folder / "evaluation.json", lambda file: file.write((json.dumps(values, indent=1) + "\n").encode()))
     print(
         f"{result.images} images ({split}): -ELBO {result.nelbo:.2f} nats ({result.nelbo_bpd:.4f} bits/dim), "
         f"-log p(x) <= {result.neg_log_p:.2f} nats ({result.neg_log_p_bpd:.4f} bits/dim) with {result.num_iw_samples} samples; "
         f"written to {folder / 'evaluation.json'}"
     )
+    atomic_write(folder / "evaluation.json", lambda file: file.write((json.dumps(values, indent=1) + "\n").encode()))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nvae_fast.config import NVAEConfig, TrainConfig
 from nvae_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nvae_fast.model import NVAE
 
 HELP = {
     "likelihood": "auto, bernoulli, normal or dmol",
@@ -101,17 +107,51 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             if kind == "bool":
                 group.add_argument(f"--{name}", action=OnOff, default=None, help=text)
             else:
-                group.add_argument(f"--{name}", type={"int": int, "float": float, "str": str}[kind], help=text)
+                convert = seed if name == "seed" else {"int": int, "float": float, "str": str}[kind]
+                group.add_argument(f"--{name}", type=convert, help=text)
 
 
-def add_device_flags(parser: argparse.ArgumentParser) -> None:
+def add_device_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto: cuda where there is one]")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="[auto: bf16 on GPUs, else fp32]")
+
+
+def add_workers_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--workers", type=int, default=0, help="decoding threads for images on disk [0: choose]")
 
 
-def device_and_precision(args: argparse.Namespace):
-    """(torch.device, "fp32" | "bf16") that the flags stand for on this machine."""
+def add_seed_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=seed, default=1, help="of the noise [1]")
+
+
+def seed(text: str) -> int:
+    """A seed that every generator takes."""
+    if text.isdecimal() and int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is no seed: give a whole number from 0 to {2**32 - 1}")
+
+
+def temperatures(text: str) -> float | list[float]:
+    """ "0.7", or one number per group, top-down, as "0.7,0.7,1.0"."""
+    try:
+        values = [float(t) for t in text.split(",")]
+        if not all(0 <= t < math.inf for t in values):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no temperature: give a number from 0 up, as 0.7, or one per group, as 0.7,0.8"
+        ) from None
+    return values[0] if len(values) == 1 else values
+
+
+def require_at_least_1(args: argparse.Namespace, *names: str) -> None:
+    """InputError unless these flags are 1 or more."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The torch.device that --device stands for on this machine."""
     import torch
 
     name = args.device
@@ -125,10 +165,9 @@ def device_and_precision(args: argparse.Namespace):
         raise InputError(f"device '{name}' is not supported: use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device '{name}': this machine, or this build of torch, has no CUDA GPU; use --device cpu")
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return device, precision
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device '{name}': there are {torch.cuda.device_count()} GPUs, counted from 0; use --device cuda:0")
+    return device
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -143,15 +182,16 @@ def image_size(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"'{text}' is no image size: give 64, or 64x48 for height x width")
 
 
-def load_model(path: str | Path | None, args: argparse.Namespace):
+def load_model(path: str | Path | None, args: argparse.Namespace) -> NVAE:
     """The model at `path` (run folder, checkpoint folder or official .pt file) on the device of the flags, in eval mode."""
     import nvae_fast
     from nvae_fast.checkpoint.native import load_model as load_native
 
     if path is None:
         raise InputError("no checkpoint given: name a run folder, a checkpoint folder or an official checkpoint.pt")
+    device = device_of(args)
     model = nvae_fast.load_nvlabs_checkpoint(path) if Path(path).is_file() else load_native(path)
-    return model.to(device_and_precision(args)[0])
+    return model.to(device)
 
 
 def with_data(config: NVAEConfig, args: argparse.Namespace) -> NVAEConfig:

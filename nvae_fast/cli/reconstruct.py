@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nvae_fast.cli.flags import OnOff, add_device_flags, load_model, with_data
-from nvae_fast.errors import InputError
+from nvae_fast.cli.flags import (
+    OnOff,
+    add_device_flag,
+    add_seed_flag,
+    add_workers_flag,
+    load_model,
+    require_at_least_1,
+    with_data,
+)
 
 NAME = "reconstruct"
 
@@ -19,14 +26,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--num_images", type=int, default=32, help="images [32]")
     parser.add_argument("--columns", type=int, default=8, help="images in a row of the grid [8]")
     parser.add_argument("--out", default="reconstructions.png", help="PNG file of the grid [reconstructions.png]")
-    parser.add_argument("--seed", type=int, default=1)
-    add_device_flags(parser)
+    add_seed_flag(parser)
+    add_device_flag(parser)
+    add_workers_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("num_images", "columns"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+    require_at_least_1(args, "num_images", "columns")
     import torch
 
     from nvae_fast.images import save_grid, side_by_side
@@ -35,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
     model = load_model(args.model, args)
     config = with_data(model.config, args)
-    source = open_split(config, "train" if args.on_train else "valid",
-                        image_size=None if config.training.data == "demo" else config.data_size)  # fmt: skip
+    source = open_split(config, "train" if args.on_train else "valid", image_size=config.data_size)
     batches = list(loader(config, source, train=False, batch_size=64, workers=args.workers, limit=args.num_images))
     images = torch.cat([reconstruct_images(model, x, seed=args.seed + i) for i, x in enumerate(batches)])
     save_grid(side_by_side(torch.cat(batches), images, args.columns), Path(args.out), args.columns)

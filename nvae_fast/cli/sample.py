@@ -6,19 +6,9 @@ import argparse
 from pathlib import Path
 
 from nvae_fast.checkpoint.files import atomic_write
-from nvae_fast.cli.flags import OnOff, add_device_flags, load_model
-from nvae_fast.errors import InputError
+from nvae_fast.cli.flags import OnOff, add_device_flag, add_seed_flag, load_model, require_at_least_1, temperatures
 
 NAME = "sample"
-
-
-def temperatures(text: str) -> float | list[float]:
-    """ "0.7", or one number per group, top-down, as "0.7,0.7,1.0"."""
-    try:
-        values = [float(t) for t in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no temperature: give 0.7, or 0.7,0.8,... with one per group") from None
-    return values[0] if len(values) == 1 else values
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +21,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time [64]")
     parser.add_argument("--out", default="samples.png", help="PNG file of the grid [samples.png]")
     parser.add_argument("--npz", help="also write all images, float [N, C, H, W] in [0, 1], key 'samples'")
-    parser.add_argument("--seed", type=int, default=1)
-    add_device_flags(parser)
+    add_seed_flag(parser)
+    add_device_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("num_samples", "columns", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+    require_at_least_1(args, "num_samples", "columns", "batch_size")
     import numpy as np
 
     from nvae_fast.images import save_grid

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -16,16 +17,20 @@ from nvae_fast.cli.flags import (
     TRAIN_FIELDS,
     OnOff,
     add_config_flags,
-    add_device_flags,
+    add_device_flag,
+    add_workers_flag,
     data_reader,
-    device_and_precision,
+    device_of,
     image_size,
+    require_at_least_1,
 )
-from nvae_fast.config import NVAEConfig
-from nvae_fast.errors import InputError
+from nvae_fast.config import NVLABS_DATASETS, NVAEConfig
+from nvae_fast.data import DATASETS
+from nvae_fast.errors import InputError, unknown
 from nvae_fast.presets import PRESETS
 
 NAME = "train"
+OWN = {"likelihood", "padding", "compat"}  # fields of the model that are no flags of the public code
 PROCESSES = {"num_proc_node": 1, "node_rank": 0, "num_process_per_node": 1, "local_rank": 0, "global_rank": 0}
 
 
@@ -41,7 +46,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--valid_samples", type=int, default=1, help="importance samples in validations [1]")
     run.add_argument("--images", action=OnOff, default=True, help="write grids of samples and reconstructions [on]")
     run.add_argument("--bar", action=OnOff, default=True, help="show a progress bar [on]")
-    add_device_flags(run)
+    add_device_flag(run)
+    run.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="[auto: bf16 on GPUs, else fp32]")
+    add_workers_flag(run)
     add_config_flags(parser)
     public = parser.add_argument_group("further flags of the public code")
     public.add_argument("--root", help="parent of the output folder")
@@ -56,10 +63,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def build_config(args: argparse.Namespace) -> tuple[NVAEConfig, bool]:
     """(configuration of the flags, whether it may still be fitted to the data)."""
     given = {k: getattr(args, k) for k in MODEL_FIELDS + TRAIN_FIELDS if getattr(args, k) is not None}
-    public = {"dataset", "root", "save", "fast_adamax", *MODEL_FIELDS}
+    if args.dataset is not None and args.dataset not in DATASETS:
+        raise unknown("dataset", args.dataset, DATASETS)
+    public = {"dataset", "root", "save", "fast_adamax", *MODEL_FIELDS} - OWN
     if args.preset is None and any(getattr(args, name) is not None for name in public):
-        base = NVAEConfig.from_nvlabs_args({"dataset": args.dataset} if args.dataset else {})
-        data, dataset, fit = args.data or "/tmp/nasvae/data", base.training.dataset, False
+        fit = args.dataset not in (None, *NVLABS_DATASETS)  # a reader that the public code lacks: the data say more
+        base = NVAEConfig.from_nvlabs_args({"dataset": args.dataset} if args.dataset and not fit else {})
+        base = dataclasses.replace(base, name=args.dataset or base.name)
+        data, dataset = args.data or "/tmp/nasvae/data", args.dataset or base.training.dataset
     else:
         base = PRESETS[args.preset or "demo"]
         usual, fit = base.training.dataset, True
@@ -85,15 +96,16 @@ def run(args: argparse.Namespace) -> None:
     for name, value in PROCESSES.items():
         if getattr(args, name) not in (None, value):
             raise InputError(f"--{name}={getattr(args, name)}: this version trains in one process; leave it at {value}")
-    for name in ("log_every", "valid_samples"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise InputError(f"one of {os.environ['WORLD_SIZE']} processes: this version trains in one; start it without torchrun")
+    require_at_least_1(args, "log_every", "valid_samples")
     config, fit = build_config(args)
     from nvae_fast.training import Trainer
     from nvae_fast.training.data import check_data, fit_to_data, open_split
     from nvae_fast.training.loop import Options
 
-    device, precision = device_and_precision(args)
+    device = device_of(args)
+    precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     train, valid = (open_split(config, split, image_size=args.image_size) for split in ("train", "valid"))
     if fit:
         config = fit_to_data(config, train, {k for k in ("padding", "binarize") if getattr(args, k) is not None})

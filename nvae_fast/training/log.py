@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class RunLog:
         with writing(self.path):
             self._file = open(self.path, "a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard", step)
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
         self._bar = tqdm(total=total_images, initial=done_images, unit="img", unit_scale=True, disable=not bar,
                          dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10.0)  # fmt: skip
 
@@ -50,6 +53,11 @@ class RunLog:
             except (ValueError, KeyError, TypeError):
                 continue
         atomic_write(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread need not show the traceback of a full disk: the next write raises the same error."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            self._hook(failure)
 
     def write(self, **values: Any) -> None:
         """One line of metrics.jsonl (null for what is not finite); numbers also go to TensorBoard."""
@@ -82,9 +90,12 @@ class RunLog:
     def close(self) -> None:
         self._bar.close()
         with writing(self.path):  # both flush what a full disk has not taken yet
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+            try:
+                self._file.close()
+                if self._board is not None:
+                    self._board.close()
+            finally:
+                threading.excepthook = self._hook
 
 
 def _tensorboard(folder: Path, step: int):

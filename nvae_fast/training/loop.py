@@ -102,6 +102,7 @@ class Trainer:
         """Train to the last epoch; the last validation. Raises Interrupted after saving, when asked to stop."""
         o, p = self.options, self.progress
         batch = self.config.training.batch_size
+        self.checkpoints.tidy()
         self.log = RunLog(o.out, total_images=self.total_steps * batch, done_images=p.step * batch, step=p.step,
                           epoch=p.epoch, bar=o.bar)  # fmt: skip
         result = None

@@ -41,15 +41,14 @@ def training_state(model: NVAE, optimizer: torch.optim.Optimizer, spectral: Spec
     tensors["random/cpu"] = torch.get_rng_state()
     if model.prior_ftr0.is_cuda:
         tensors["random/cuda"] = torch.cuda.get_rng_state(model.prior_ftr0.device)
-    rate = optimizer.param_groups[0]["lr"]
-    return tensors, {"progress": dataclasses.asdict(progress), "learning_rate": rate, "torch": torch.__version__}
+    return tensors, {"progress": dataclasses.asdict(progress), "torch": torch.__version__}
 
 
 def restore(folder: Path, model: NVAE, optimizer: torch.optim.Optimizer, spectral: SpectralState) -> Progress:
     """Put model, optimiser, singular vectors and random state where the checkpoint in `folder` left them."""
     load_weights(model, folder)
     tensors, meta = load_training(folder)
-    _fill_optimizer(optimizer, model, tensors, meta)
+    _fill_optimizer(optimizer, model, tensors)
     device = model.prior_ftr0.device
     spectral.load_state_dict(
         {k.removeprefix("spectral/"): t.to(device) for k, t in tensors.items() if k.startswith("spectral/")}
@@ -69,18 +68,21 @@ def load_optimizer(folder: Path, model: NVAE) -> tuple[torch.optim.Optimizer, Pr
     if not (folder / TRAINING).is_file():
         return optimizer, Progress()
     tensors, meta = load_training(folder)
-    _fill_optimizer(optimizer, model, tensors, meta)
+    _fill_optimizer(optimizer, model, tensors)
     return optimizer, _progress(folder, meta)
 
 
 def _progress(folder: Path, meta: dict[str, Any]) -> Progress:
     try:
-        return Progress(**meta["progress"])
+        progress = Progress(**meta["progress"])
+        if not all(isinstance(n, int) and n >= 0 for n in (progress.step, progress.epoch, progress.batch)):
+            raise TypeError(f"{progress}")
+        return progress
     except (KeyError, TypeError) as error:
         raise InputError(f"the position in '{folder}' is damaged ({error}): resume from another checkpoint") from None
 
 
-def _fill_optimizer(optimizer: torch.optim.Optimizer, model: NVAE, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def _fill_optimizer(optimizer: torch.optim.Optimizer, model: NVAE, tensors: dict[str, Tensor]) -> None:
     expected: dict[str, Tensor] = {}
     named_parameters = list(model.named_parameters())
     for name, p in named_parameters:
@@ -93,8 +95,6 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, model: NVAE, tensors: dict
             state[i] = {m: torch.empty_like(p).copy_(tensors[f"optimizer/{m}/{name}"]) for m in MOMENTS[1:]}
             state[i]["step"] = tensors[f"optimizer/step/{name}"]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for group in optimizer.param_groups:
-        group["lr"] = meta.get("learning_rate", group["lr"])
 
 
 class Checkpoints:
@@ -118,7 +118,7 @@ class Checkpoints:
         raise InputError(f"nothing to resume at '{path}': give a run folder, one of its checkpoints, or --resume auto")
 
     def save(self, model: NVAE, tensors: dict[str, Tensor], meta: dict[str, Any], *, step: int, best: bool) -> None:
-        """Write the checkpoint of a step, name it, then remove those that no name points to."""
+        """Write the checkpoint of a step, name it, then `tidy`."""
         name = f"step-{step:08d}"
         target, again = self.folder / name, 0
         # The same step may have been saved before: by an interruption right after an epoch, or by a run that was killed.
@@ -128,8 +128,12 @@ class Checkpoints:
         save_training(target, model, tensors, meta)
         for label in ("best", "latest") if best else ("latest",):
             atomic_write(self.folder / label, lambda file: file.write(f"{target.name}\n".encode()))
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the checkpoints that no name points to, and what a kill left unfinished."""
         keep = {named(self.folder, "best"), named(self.folder, "latest")}
-        for old in [*self.folder.glob("step-*"), *self.folder.glob(".*.tmp")]:  # .tmp: left by a kill
+        for old in [*self.folder.glob("step-*"), *self.folder.glob(".*.tmp")]:
             if old.is_file():
                 old.unlink(missing_ok=True)
             elif old not in keep:
