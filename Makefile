@@ -32,12 +32,12 @@ install: $(BUILT)
 
 demo: install
 	$(BIN)/nvae-fast train --preset demo --out $(RUN) --resume auto
-	$(BIN)/nvae-fast evaluate $(RUN)
+	$(BIN)/nvae-fast evaluate $(RUN) --num-iw-samples 10
 	$(BIN)/nvae-fast sample $(RUN) --out $(RUN)/samples.png
 	$(BIN)/nvae-fast reconstruct $(RUN) --out $(RUN)/reconstructions.png
 
 test: lint
-	@set -e; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done
+	@set -e; export OMP_NUM_THREADS=1; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done
 
 lint: install $(DEV)
 	$(BIN)/ruff check .

@@ -86,14 +86,44 @@ class OnOff(argparse.Action):
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """Option names with dashes turned into underscores: `--num-nf=1` becomes `--num_nf=1`."""
-    out = []
-    for i, token in enumerate(argv):
+    """Option names with dashes turned into underscores, `--config FILE` replaced by the flags in the file.
+
+    `--num-nf=1` becomes `--num_nf=1`. Flags of a file come first, right behind the command, so that given ones win.
+    """
+    out: list[str] = []
+    files: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
         if token == "--":
-            return [*out, *argv[i:]]
+            out += [token, *tokens]
+            break
         name, equals, value = token.partition("=")
-        out.append("--" + name[2:].replace("-", "_") + equals + value if token.startswith("--") else token)
-    return out
+        if name == "--config":
+            files += flags_of_file(value if equals else next(tokens, ""))
+        else:
+            out.append("--" + name[2:].replace("-", "_") + equals + value if token.startswith("--") else token)
+    return out[:1] + files + out[1:]
+
+
+def flags_of_file(path: str) -> list[str]:
+    """The flags that a YAML file of `name: value` stands for: `epochs: 3` is `--epochs=3`, `use_se: true` is `--use_se`."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --config '{path}': {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"--config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config '{path}' holds no 'name: value' lines: write flags without their dashes, as 'epochs: 3'")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, (dict, list)) or value is None:
+            raise InputError(f"--config '{path}': '{name}' is {value!r}: expected one number, word, true or false")
+        flag = f"--{str(name).replace('-', '_')}"
+        flags.append(f"--no_{flag[2:]}" if value is False else flag if value is True else f"{flag}={value}")
+    return flags
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ PROCESSES = {"num_proc_node": 1, "node_rank": 0, "num_process_per_node": 1, "loc
 def add_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
+    run.add_argument("--config", metavar="FILE", help="YAML file of flags by name (`epochs: 3`); those given here win")
     run.add_argument("--data", help="demo, or a path: folder or zip of images, .npy, .npz, IDX, CIFAR-10, LMDBs")
     run.add_argument("--dataset", help="how to read --data [guessed]")
     run.add_argument("--image_size", type=image_size, metavar="H[xW]", help="resize and crop images to this [as they are]")

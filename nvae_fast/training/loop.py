@@ -87,7 +87,7 @@ class Trainer:
             saved, now = read_config(start).to_dict(), self.config.to_dict()
             for part, old, new in (("", saved, now), ("training ", saved["training"], now["training"])):
                 for name in old:
-                    if name not in ("training", "name") and old[name] != new[name]:
+                    if name not in ("training", "name", "data") and old[name] != new[name]:
                         raise InputError(
                             f"'{start}' was trained with {part}{name}={old[name]}, not {new[name]}: resume with its settings, "
                             "or choose another --out"

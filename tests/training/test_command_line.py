@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nvae_fast import PRESETS, NVAEConfig, TrainConfig
-from nvae_fast.cli import build_parser
+from nvae_fast.cli import build_parser, main
 from nvae_fast.cli.flags import underscored
 from nvae_fast.cli.train import build_config, output_folder
 from nvae_fast.data.base import MemorySource
@@ -153,3 +153,32 @@ def test_fitting_a_configuration_to_the_data(shape, flags, size, padding, binari
     config = fit_to_data(base, source, flags)
     assert (config.image_size, config.padding, config.training.binarize) == (size, padding, binarize)
     assert config.channels == shape[2] and config.data_size == shape[:2]
+
+
+def test_flags_from_a_file_and_given_ones_win(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("preset: demo\nepochs: 9\nuse-se: false\nlearning_rate: 1e-3\nbatch_size: 7\n")
+    argv = underscored(["train", "--batch-size", "5", "--config", str(file)])
+    config, _ = build_config(build_parser().parse_args(argv))
+    t = config.training
+    assert (config.name, t.epochs, config.use_se, t.learning_rate, t.batch_size) == ("demo", 9, False, 1e-3, 5)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("epoch: 3", "unrecognized arguments: --epoch=3"),
+        ("epochs: [3]", "'epochs' is [3]"),
+        ("just words", "holds no 'name: value' lines"),
+        ("a: b: c", "is not valid YAML"),
+        ("epochs: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_a_bad_file_of_flags_is_one_line(tmp_path, capsys, text, words):
+    file = tmp_path / "flags.yaml"
+    file.write_text(text)
+    assert main(["train", f"--config={file}"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert main(["train", f"--config={tmp_path}/none.yaml"]) == 2
+    assert "No such file" in capsys.readouterr().err
