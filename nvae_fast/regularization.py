@@ -47,14 +47,14 @@ class SpectralState:
             self._ensure_vectors(key, weights)
         sigma, u, v = F.power_iteration(
             [w for weights in groups.values() for w in weights],
-            [row for k in groups for row in self.u[k]],
-            [row for k in groups for row in self.v[k]],
+            [row for k in groups for row in self.u[k].unbind()],
+            [row for k in groups for row in self.v[k].unbind()],
             iterations=iterations,
         )
         done = 0
         for key, weights in groups.items():
             rows = slice(done, done + len(weights))
-            self.u[key], self.v[key] = torch.stack(list(u[rows])), torch.stack(list(v[rows]))
+            self.u[key], self.v[key] = torch.stack(u[rows]), torch.stack(v[rows])
             done += len(weights)
         return sigma.sum()
 
@@ -81,4 +81,4 @@ class SpectralState:
 
 def shape_key(weight: Tensor) -> str:
     """ "RxC" of a convolution weight seen as a matrix (Cout, rest)."""
-    return f"{weight.shape[0]}x{weight[0].numel()}"
+    return f"{weight.shape[0]}x{weight.numel() // weight.shape[0]}"

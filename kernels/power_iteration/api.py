@@ -1,4 +1,8 @@
-"""power_iteration: the largest singular value of many weights, from singular vectors kept between calls."""
+"""power_iteration: the largest singular value of many weights, from singular vectors kept between calls.
+
+`impl="auto"` takes "cpu" for float32 and bfloat16 weights on the CPU (measured against the reference: README.md beside
+this file), else "reference".
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nvae_fast.kernels import _impl
-from nvae_fast.kernels.power_iteration import reference
+from nvae_fast.kernels.power_iteration import ops, reference
 
-_impl.register("power_iteration")
+_impl.register("power_iteration", cpu=ops.cpu_can_run)
 
 
 def power_iteration(
@@ -31,12 +35,15 @@ def power_iteration(
         u, v: L vectors [R] and [K], the start; v counts only for iterations = 0. They are not modified.
         iterations: rounds of the two updates, 0 or more.
         eps: smallest norm that a vector is divided by.
+        impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone can be differentiated twice.
 
     Returns:
-        sigma [L], and the lists of the new u and v; float32 (float64 where the weight is).
+        sigma [L], and the lists of the new u and v; float32 (float64 where the weight is). With "cpu" all u are views of
+        one buffer, and all v of another.
 
     Raises:
         ValueError: no weights, lists of different lengths, shapes that do not match, negative iterations.
+        RuntimeError: an `impl` that cannot run.
 
     Source: Yoshida and Miyato, arXiv 1705.10941; NVAE, arXiv 2007.03898, section 3.2.
     """
@@ -46,14 +53,19 @@ def power_iteration(
         raise ValueError(f"{len(weights)} weights, {len(u)} u, {len(v)} v: expected one u and one v for each weight")
     if iterations < 0:
         raise ValueError(f"iterations {iterations}: expected 0 or more")
-    for i, w in enumerate(weights):
-        if w.dim() < 2 or not w.is_floating_point() or w.numel() == 0:
-            raise ValueError(f"weights[{i}] of shape {tuple(w.shape)}: expected a non-empty [R, ...], 2 or more axes")
-        rows, columns = w.shape[0], w.numel() // w.shape[0]
-        if u[i].shape != (rows,) or v[i].shape != (columns,):
+    rows, columns = [], []
+    for i, (w, left, right) in enumerate(zip(weights, u, v, strict=True)):
+        size = w.shape
+        if len(size) < 2 or 0 in size or not w.is_floating_point():
+            raise ValueError(f"weights[{i}] of shape {tuple(size)}: expected a non-empty [R, ...], 2 or more axes")
+        rows.append(size[0])
+        columns.append(w.numel() // size[0])
+        if left.shape != (rows[i],) or right.shape != (columns[i],):
             raise ValueError(
-                f"u[{i}], v[{i}] of shapes {tuple(u[i].shape)}, {tuple(v[i].shape)}: expected ({rows},), ({columns},) "
-                f"for a weight of shape {tuple(w.shape)}"
+                f"u[{i}], v[{i}] of shapes {tuple(left.shape)}, {tuple(right.shape)}: expected ({rows[i]},), "
+                f"({columns[i]},) for a weight of shape {tuple(size)}"
             )
-    _impl.resolve_impl("power_iteration", impl, *weights)
-    return reference.power_iteration(weights, u, v, iterations=iterations, eps=eps)
+    if _impl.resolve_impl("power_iteration", impl, *weights) == "reference":
+        return reference.power_iteration(weights, u, v, iterations=iterations, eps=eps)
+    sigma, new_u, new_v = ops.PowerIteration.apply(iterations, eps, u, v, *weights)
+    return sigma, list(new_u.split(rows)), list(new_v.split(columns))
