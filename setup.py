@@ -17,7 +17,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 # No -march: one build runs on any CPU of its family; csrc/common/isa.h compiles the hot loops once per instruction set.
-CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
 NVCC_FLAGS = ["-O3", "--threads=2"]
 # sm_80 code also runs on 8.6 and 8.9, and PTX on what comes later. Set here, because torch would ask the GPUs present.
 CUDA_ARCHS = "8.0;9.0+PTX"

@@ -4,11 +4,14 @@
 #include <torch/library.h>
 
 #include "common/isa.h"
+#include "depthwise_conv/depthwise_conv_cpu.h"
 #include "power_iteration/power_iteration_cpu.h"
 #include "residual_normal/residual_normal_cpu.h"
 #include "weight_norm/weight_norm_cpu.h"
 
 TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("depthwise_conv_fwd", TORCH_FN(nvae::depthwise_conv::forward_cpu));
+  m.impl("depthwise_conv_bwd", TORCH_FN(nvae::depthwise_conv::backward_cpu));
   m.impl("power_iteration_fwd", TORCH_FN(nvae::power_iteration::forward_cpu));
   m.impl("power_iteration_bwd", TORCH_FN(nvae::power_iteration::backward_cpu));
   m.impl("residual_normal_fwd", TORCH_FN(nvae::residual_normal::forward_cpu));

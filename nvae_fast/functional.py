@@ -1,6 +1,7 @@
 """The fused operations, flat: `from nvae_fast import functional as F; F.bn_act(...)`."""
 
 from nvae_fast.kernels.bn_act import bn_act
+from nvae_fast.kernels.depthwise_conv import depthwise_conv
 from nvae_fast.kernels.flow_cell import flow_cell
 from nvae_fast.kernels.logistic_mixture import (
     logistic_mixture_channels,
@@ -23,6 +24,7 @@ from nvae_fast.kernels.weight_norm import weight_norm
 __all__ = [
     "ResidualNormalOutput",
     "bn_act",
+    "depthwise_conv",
     "flow_cell",
     "logistic_mixture_channels",
     "logistic_mixture_log_prob",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
+from nvae_fast import functional as F
 from nvae_fast.errors import InputError
 from nvae_fast.layers.conv import same_padding
 from nvae_fast.layers.norm import BatchNormAct2d
@@ -43,5 +44,7 @@ class InvertedResidual(nn.Module):
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
         x = self.bn_expand(self.expand(self.bn_in(x)))
-        x = self.bn_depthwise(self.depthwise(x))
+        dw = self.depthwise
+        spatial = F.depthwise_conv(x, dw.weight, stride=dw.stride[0]) if dw.groups == dw.in_channels else dw(x)
+        x = self.bn_depthwise(spatial)
         return self.bn_out(self.project(x))

@@ -1,0 +1,2 @@
+#define NVAE_ISA baseline
+#include "cpu/table.h"
