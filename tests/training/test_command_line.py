@@ -141,7 +141,7 @@ def test_the_published_command_line_runs(cli, cifar, tmp_path, metrics):
     ],
 )
 def test_fitting_a_configuration_to_the_data(shape, flags, size, padding, binarize):
-    base = PRESETS["demo"]
+    base = dataclasses.replace(PRESETS["demo"], num_latent_scales=2)  # strides of 8
     model = {k: v for k, v in flags.items() if k == "padding"}
     training = dataclasses.replace(base.training, **{k: v for k, v in flags.items() if k == "binarize"})
     base = dataclasses.replace(base, training=training, **model)

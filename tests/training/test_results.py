@@ -224,8 +224,8 @@ def test_learning(tmp_path, metrics):
     demo = PRESETS["demo"]
     config = dataclasses.replace(
         demo, image_size=(16, 16), padding=1, num_channels_enc=4, num_channels_dec=4, num_latent_per_group=4,
-        num_groups_per_scale=1, num_preprocess_cells=1, num_postprocess_cells=1,
-        training=dataclasses.replace(demo.training, epochs=2, batch_size=25),
+        num_latent_scales=2, num_groups_per_scale=1, num_preprocess_cells=1, num_postprocess_cells=1,
+        training=dataclasses.replace(demo.training, epochs=2, batch_size=25, learning_rate=1e-2, weight_decay_norm=1e-2),
     )  # fmt: skip
     images = [open_images("demo", split=split).images[:500, ::2, ::2].numpy() for split in ("train", "valid")]
     train, valid = (MemorySource("demo", x) for x in images)

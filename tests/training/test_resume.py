@@ -99,7 +99,7 @@ def test_no_two_runs_in_one_folder(train, finished, own_copy, stop_at, tmp_path)
 
 def test_other_settings_are_refused(train, own_copy):
     for flags, part in (
-        (["--learning_rate", "0.02"], "training learning_rate=0.01, not 0.02"),
+        (["--learning_rate", "0.02"], "training learning_rate=0.007, not 0.02"),
         (["--num_latent_per_group", "3"], "num_latent_per_group=2, not 3"),
     ):
         result = train(own_copy, "--resume", *flags)
