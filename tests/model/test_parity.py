@@ -160,8 +160,10 @@ def test_one_adamax_step(ref):
             # The first step is lr g / (|g| + eps): an error of the gradient's gate grows by lr eps / (|g| + eps)^2.
             g = params[name].grad
             slope = lr * eps / (g.abs() + eps).square()
-            allowed = (slope * gate * g.square().mean().sqrt()).norm() + 1e-6 * expected.norm()
-            assert (params[name] - expected).norm() <= allowed, name
+            derived = (slope * gate * g.square().mean().sqrt()).norm() + 1e-6 * expected.norm()
+            # Where one gradient is near 0 that says little: never more than 1 % of the way that the parameter went.
+            moved = (expected - ref[f"state/{name}"]).norm()
+            assert (params[name] - expected).norm() <= min(derived, 1e-2 * moved + 1e-6), name
     for name, s in ref.meta["param_after_step_stats"].items():
         if name not in zero and s is not None:
             assert params[name].norm().item() == pytest.approx(s["l2"], rel=1e-4, abs=1e-5), name
