@@ -3,21 +3,50 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "adamax/adamax_cpu.h"
+#include "bn_act/bn_act_cpu.h"
 #include "common/isa.h"
+#include "common/pool.h"
 #include "depthwise_conv/depthwise_conv_cpu.h"
+#include "flow_cell/flow_cell_cpu.h"
+#include "logistic_mixture/logistic_mixture_cpu.h"
+#include "pointwise_conv/pointwise_conv_cpu.h"
 #include "power_iteration/power_iteration_cpu.h"
 #include "residual_normal/residual_normal_cpu.h"
+#include "se_residual/se_residual_cpu.h"
 #include "weight_norm/weight_norm_cpu.h"
 
 TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("bn_act_stats", TORCH_FN(nvae::bn_act::stats_cpu));
+  m.impl("bn_act_coefficients", TORCH_FN(nvae::bn_act::coefficients_cpu));
+  m.impl("bn_act_gradients", TORCH_FN(nvae::bn_act::gradients_cpu));
+  m.impl("bn_act_move", TORCH_FN(nvae::bn_act::move_cpu));
+  m.impl("bn_act_fwd", TORCH_FN(nvae::bn_act::forward_cpu));
+  m.impl("bn_act_sums", TORCH_FN(nvae::bn_act::sums_cpu));
+  m.impl("bn_act_bwd", TORCH_FN(nvae::bn_act::backward_cpu));
+  m.impl("bn_act_affine_", TORCH_FN(nvae::bn_act::affine_cpu_));
   m.impl("depthwise_conv_fwd", TORCH_FN(nvae::depthwise_conv::forward_cpu));
   m.impl("depthwise_conv_bwd", TORCH_FN(nvae::depthwise_conv::backward_cpu));
+  m.impl("depthwise_conv_bwd_", TORCH_FN(nvae::depthwise_conv::backward_cpu_));
+  m.impl("flow_cell_fwd", TORCH_FN(nvae::flow_cell::forward_cpu));
+  m.impl("flow_cell_bwd", TORCH_FN(nvae::flow_cell::backward_cpu));
+  m.impl("logistic_mixture_log_prob_fwd", TORCH_FN(nvae::logistic_mixture::forward_cpu));
+  m.impl("logistic_mixture_log_prob_bwd", TORCH_FN(nvae::logistic_mixture::backward_cpu));
+  m.impl("pointwise_conv_fwd", TORCH_FN(nvae::pointwise_conv::forward_cpu));
+  m.impl("pointwise_conv_bwd", TORCH_FN(nvae::pointwise_conv::backward_cpu));
   m.impl("power_iteration_fwd", TORCH_FN(nvae::power_iteration::forward_cpu));
   m.impl("power_iteration_bwd", TORCH_FN(nvae::power_iteration::backward_cpu));
   m.impl("residual_normal_fwd", TORCH_FN(nvae::residual_normal::forward_cpu));
   m.impl("residual_normal_bwd", TORCH_FN(nvae::residual_normal::backward_cpu));
+  m.impl("se_residual_fwd", TORCH_FN(nvae::se_residual::forward_cpu));
+  m.impl("se_residual_bwd", TORCH_FN(nvae::se_residual::backward_cpu));
   m.impl("weight_norm_fwd", TORCH_FN(nvae::weight_norm::forward_cpu));
   m.impl("weight_norm_bwd", TORCH_FN(nvae::weight_norm::backward_cpu));
+}
+
+// For tensors of any device, which it looks at one by one: those it cannot step go back to Python.
+TORCH_LIBRARY_IMPL(nvae_fast, CompositeExplicitAutograd, m) {
+  m.impl("adamax_", TORCH_FN(nvae::adamax::adamax_));
 }
 
 #if defined(__clang__)
@@ -46,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
     info["instruction_sets"] = names;
     return info;
   });
+  m.def("release_memory", &nvae::release_pool,
+        "Give the memory that the CPU ops keep for their next outputs back to the system; how many bytes that were.");
   m.def("instruction_set", [] { return nvae::kIsaNames[nvae::current_isa()]; },
         "The instruction set that the CPU kernels use.");
   m.def("use_instruction_set", &nvae::use_isa,

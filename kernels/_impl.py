@@ -83,6 +83,12 @@ def resolve_impl(op: str, impl: str, *tensors: Tensor | None) -> str:
     return impl
 
 
+def without(name: str) -> str:
+    """What `impl="auto"` becomes for a call for which the rule in an op's api.py leaves `name` out: the reference, unless
+    `use_impl` asks for `name`."""
+    return "auto" if _setting == name else "reference"
+
+
 def explain(op: str, *tensors: Tensor) -> dict[str, str | None]:
     """Every implementation of `op`, in the order of `auto`, with None ("can run") or why it cannot on these tensors."""
     return {name: predicate(tensors) for name, predicate in _ops[op].items()} | {"reference": None}

@@ -124,12 +124,17 @@ class Cell(nn.Module):
         self.se = SqueezeExcite(out_channels) if use_se else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for op in self.ops:
+        *first, last = self.ops
+        y, bn = x, None
+        for op in first:
             y = op(y)
+        if isinstance(last, InvertedResidual):
+            y, bn = last.branch(y)  # its last normalisation is done where the branch joins the skip connection
+        else:
+            y = last(y)
         if self.se is not None:
-            return self.se.residual(self.skip(x), y)
-        return F.se_residual(self.skip(x), y, None, None, None, None)
+            return self.se.residual(self.skip(x), y, bn=bn)
+        return F.se_residual(self.skip(x), y, None, None, None, None, bn=bn)
 
 
 class EncoderCombiner(nn.Module):

@@ -14,7 +14,7 @@ import torch
 
 import nvae_fast.functional  # noqa: F401  every op registers itself when imported
 from nvae_fast._version import __version__
-from nvae_fast.kernels import _impl
+from nvae_fast.kernels import _auto, _impl
 
 PACKAGES = ("torch", "numpy", "triton")
 
@@ -60,7 +60,8 @@ def main() -> None:
         print(f"extension   none: {extension['reason']}")
     for row in facts["ops"]:
         reasons = "; ".join(f"not {name}: {why}" for name, why in row["not"].items())
-        print(f"{row['device']} {row['dtype']:9s} {row['op']:26s} {row['auto']:10s} {reasons}".rstrip())
+        rule = _auto.CPU.get(row["op"]) if row["auto"] == "cpu" else None
+        print(f"{row['device']} {row['dtype']:9s} {row['op']:26s} {row['auto']:10s} {rule.why if rule else reasons}".rstrip())
 
 
 def _versions() -> dict[str, str]:

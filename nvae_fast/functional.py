@@ -1,14 +1,17 @@
 """The fused operations, flat: `from nvae_fast import functional as F; F.bn_act(...)`."""
 
+from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.bn_act import bn_act
 from nvae_fast.kernels.depthwise_conv import depthwise_conv
 from nvae_fast.kernels.flow_cell import flow_cell
+from nvae_fast.kernels.inverted_residual import inverted_residual
 from nvae_fast.kernels.logistic_mixture import (
     logistic_mixture_channels,
     logistic_mixture_log_prob,
     logistic_mixture_mean,
     logistic_mixture_sample,
 )
+from nvae_fast.kernels.pointwise_conv import pointwise_conv
 from nvae_fast.kernels.power_iteration import power_iteration
 from nvae_fast.kernels.residual_normal import (
     ResidualNormalOutput,
@@ -22,10 +25,12 @@ from nvae_fast.kernels.se_residual import se_residual
 from nvae_fast.kernels.weight_norm import weight_norm
 
 __all__ = [
+    "Norm",
     "ResidualNormalOutput",
     "bn_act",
     "depthwise_conv",
     "flow_cell",
+    "inverted_residual",
     "logistic_mixture_channels",
     "logistic_mixture_log_prob",
     "logistic_mixture_mean",
@@ -33,6 +38,7 @@ __all__ = [
     "normal_log_prob",
     "normal_params",
     "normal_sample",
+    "pointwise_conv",
     "power_iteration",
     "residual_normal",
     "se_residual",

@@ -15,7 +15,8 @@ from nvae_fast.config import NVAEConfig
 from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
 from nvae_fast.errors import InputError
 from nvae_fast.flows import FlowCell
-from nvae_fast.layers import BatchNormAct2d, WeightNormConv2d, shared_effective_weights
+from nvae_fast.kernels.inverted_residual import MEMORY
+from nvae_fast.layers import BatchNormAct2d, InvertedResidual, WeightNormConv2d, shared_effective_weights
 from nvae_fast.layers.norm import bn_regularizer
 from nvae_fast.objective import balance_kl, kl_alpha, reconstruction_loss
 from nvae_fast.regularization import SpectralState
@@ -245,6 +246,15 @@ class NVAE(nn.Module):
     def batch_norms(self) -> list[BatchNormAct2d]:
         """Every batch normalisation of the model, in parameter order."""
         return [m for m in self.modules() if isinstance(m, BatchNormAct2d)]
+
+    def set_memory(self, mode: str) -> NVAE:
+        """What decoder cells keep for backward: "fast", "balanced" or "low" (`functional.inverted_residual`). Returns self."""
+        if mode not in MEMORY:
+            raise InputError(f"memory '{mode}': expected one of {', '.join(MEMORY)}")
+        for module in self.modules():
+            if isinstance(module, InvertedResidual):
+                module.memory = mode
+        return self
 
     def load_nvlabs_state_dict(self, state_dict) -> None:
         """Load a state dict with the public code's key names; strict, but for the optional `weight_normalized` twins."""

@@ -1,4 +1,5 @@
-// One vector of floats, as wide as the instruction set that this translation unit is compiled for: 16 lanes with AVX-512, else 8
+// One vector of floats, as wide as the instruction set that this translation unit is compiled for (csrc/cpu/<set>.cpp defines
+// NVAE_AVX2, NVAE_AVX512): 16 lanes with AVX-512, else 8
 // (AVX2; two NEON or SSE registers). GCC and Clang vector extensions, so that the same kernels build everywhere.
 //
 // Included by the files that csrc/cpu/ compiles once per instruction set, inside namespace nvae::NVAE_ISA: nothing here may be
@@ -20,7 +21,7 @@
 
 namespace nvae::NVAE_ISA {
 
-#if defined(__AVX512F__)
+#if defined(NVAE_AVX512)
 constexpr int L = 16;
 #else
 constexpr int L = 8;
@@ -39,14 +40,10 @@ NVAE_ALWAYS vf splat(float x) { return x - vf{}; }
 
 NVAE_ALWAYS vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 NVAE_ALWAYS vh narrow(vf x) {  // round to nearest even; NaN stays NaN
-#if defined(__AVX512BF16__)
-  return (vh)_mm512_cvtneps_pbh((__m512)x);
-#else
   vu u = (vu)x;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vi nan = x != x;
   return __builtin_convertvector(nan ? (vu)((u >> 16) | 0x40u) : rounded, vh);
-#endif
 }
 
 NVAE_ALWAYS vf load(const float* p) { return *(const vf_any*)p; }
@@ -58,23 +55,39 @@ NVAE_ALWAYS void store(bf16* p, vf x) { *(vh_any*)p = narrow(x); }
 template <typename T>
 NVAE_ALWAYS vf load_n(const T* p, int n) {
   if (n >= L) return load(p);
+#if defined(NVAE_AVX512)
+  const __mmask16 lanes = (__mmask16)((1u << n) - 1u);
+  if constexpr (sizeof(T) == 4)
+    return (vf)_mm512_maskz_loadu_ps(lanes, p);
+  else
+    return widen((vh)_mm256_maskz_loadu_epi16(lanes, p));
+#else
   alignas(64) T lanes[L] = {};
   for (int i = 0; i < n; i++) lanes[i] = p[i];
   return load(lanes);
+#endif
 }
 template <typename T>
 NVAE_ALWAYS void store_n(T* p, vf x, int n) {
   if (n >= L) return store(p, x);
+#if defined(NVAE_AVX512)
+  const __mmask16 mask = (__mmask16)((1u << n) - 1u);
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, mask, (__m512)x);
+  else
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(x));
+#else
   alignas(64) T lanes[L];
   store(lanes, x);
   for (int i = 0; i < n; i++) p[i] = lanes[i];
+#endif
 }
 
 // Store past the caches, without reading the line first: p on a multiple of the vector's size.
 NVAE_ALWAYS void stream(float* p, vf x) {
-#if defined(__AVX512F__)
+#if defined(NVAE_AVX512)
   _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX__)
+#elif defined(NVAE_AVX2)
   _mm256_stream_ps(p, (__m256)x);
 #else
   store(p, x);
@@ -83,14 +96,14 @@ NVAE_ALWAYS void stream(float* p, vf x) {
 NVAE_ALWAYS void stream(bf16* p, vf x) { store(p, x); }
 // Before another thread may read what was streamed.
 NVAE_ALWAYS void stream_fence() {
-#if defined(__AVX__)
+#if defined(NVAE_AVX2)
   _mm_sfence();
 #endif
 }
 
 // 1 / x for 1 <= x < 3e38: an estimate and a Newton step, about 1 ulp.
 NVAE_ALWAYS vf recip(vf x) {
-#if defined(__AVX512F__)
+#if defined(NVAE_AVX512)
   const vf r = (vf)_mm512_rcp14_ps((__m512)x);
   return r * (2.0f - x * r);
 #else
@@ -100,14 +113,14 @@ NVAE_ALWAYS vf recip(vf x) {
 
 NVAE_ALWAYS vf select(vi condition, vf a, vf b) { return condition ? a : b; }
 NVAE_ALWAYS vf vmax(vf a, float b) {  // NaN in a stays
-#if defined(__AVX512F__)
+#if defined(NVAE_AVX512)
   return (vf)_mm512_max_ps(_mm512_set1_ps(b), (__m512)a);
 #else
   return a < b ? splat(b) : a;
 #endif
 }
 NVAE_ALWAYS vf vmin(vf a, float b) {
-#if defined(__AVX512F__)
+#if defined(NVAE_AVX512)
   return (vf)_mm512_min_ps(_mm512_set1_ps(b), (__m512)a);
 #else
   return a > b ? splat(b) : a;
@@ -127,7 +140,7 @@ NVAE_ALWAYS vf exp_(vf x) {
   p = p * r + 4.9999201752e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
+#if defined(NVAE_AVX512)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)f);
 #else
   return (vf)((vi)p + ((vi)m << 23));

@@ -1,5 +1,7 @@
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include "common/isa.h"
+#ifdef NVAE_EACH_ISA
 #pragma GCC target("avx2,fma,f16c")
 #define NVAE_ISA avx2
+#define NVAE_AVX2 1
 #include "cpu/table.h"
 #endif

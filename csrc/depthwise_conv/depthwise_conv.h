@@ -8,46 +8,44 @@ constexpr int kMaxKernel = 11;
 
 struct Shape {
   int64_t n, c;
-  int h, w;                // input
-  int out_h, out_w;        // output: (h - 1) / stride + 1
+  int h, w;          // of the image that is convolved
+  int out_h, out_w;  // (h - 1) / stride + 1
   int kernel, stride, dilation;  // padding is dilation * (kernel - 1) / 2
-  int act;                 // of the prologue
+  int up;   // 2: x is [n][h / 2][w / 2][c], and each of its pixels stands for 2 x 2 of the image (stride 1 only); else 1
+  int act;  // of the prologue
 };
 
-// y = conv(act(x * scale + shift)), zero-padded after the activation; weight [kernel^2][c].
-// stats [n][3][c]: a pivot, sum(y - pivot), sum((y - pivot)^2) of each image; null: not wanted.
+// y = conv(act(u)), zero-padded after the activation, u = scale x + shift as in `bn` [kCoefficients][c] (bn_act.h); bn null:
+// y = conv(x). weight [kernel^2][c]. stats [n][3][c]: pivot, sum(y - pivot), sum((y - pivot)^2) of each image; null: not wanted.
 template <typename T>
 struct Forward {
   const T* x;
-  const float *scale, *shift, *weight;
+  const float *bn, *weight;
   T* y;
   float* stats;
 };
 
-// From g = c0 * dy + c1 * y + c2 (the backward of the BN behind; c1 null: g = dy): du, the gradient of u = x * scale + shift;
-// sums [n][2][c]: sum(du), sum(du * (x - mean)) of each image; dweight [n][kernel^2][c], to be added over images.
-// du may be where dy is when the stride is 1.
+// From g = c0 dy + c1 y + c2 (c [3][c]: the backward of the BatchNorm behind; c null: g = dy): du, the gradient of u (of x without
+// bn; where the stride and `up` are 1 it may take the memory of dy); sums [n][2][c]: sum(du), sum(du (x - mean)) of each image, null: not wanted; dweight [n][kernel^2][c], to be added up.
 template <typename T>
 struct Backward {
   const T *dy, *y, *x;
-  const float *scale, *shift, *mean, *weight, *c0, *c1, *c2;
+  const float *c, *bn, *weight;
   T* du;
   float *sums, *dweight;
 };
 
-// Floats of scratch that a task needs, at most.
-inline int64_t scratch_floats(const Shape& s) {
-  const int64_t reach = static_cast<int64_t>(s.dilation) * (s.kernel - 1), row = (s.w + reach + 1) * 16;
-  return row * (reach + 1) + 3 * static_cast<int64_t>(s.w) * 16;
-}
-
-// A task is one image and one block of channels; tasks are independent.
+// A task is one image and one vector of channels.
+template <typename T>
 struct Kernels {
-  int lanes;  // channels of a block
-  void (*forward_f32)(const Shape&, const Forward<float>&, int64_t task, float* scratch);
-  void (*forward_bf16)(const Shape&, const Forward<uint16_t>&, int64_t task, float* scratch);
-  void (*backward_f32)(const Shape&, const Backward<float>&, int64_t task, float* scratch);
-  void (*backward_bf16)(const Shape&, const Backward<uint16_t>&, int64_t task, float* scratch);
+  void (*forward)(const Shape&, const Forward<T>&, int64_t task, float* scratch);
+  void (*backward)(const Shape&, const Backward<T>&, int64_t task, float* scratch);
 };
+
+// Floats of scratch that a task of either kind needs, at most.
+inline int64_t scratch_floats(const Shape& s) {
+  const int64_t reach = static_cast<int64_t>(s.dilation) * (s.kernel - 1), row = (s.w + reach) * 16;
+  return row * (reach + 2) + 3 * static_cast<int64_t>(s.w) * 16;
+}
 
 }  // namespace nvae::depthwise_conv

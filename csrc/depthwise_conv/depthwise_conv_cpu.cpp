@@ -2,97 +2,105 @@
 // of channels, its sums are taken in a fixed order: the same bits for any number of threads.
 #include "depthwise_conv/depthwise_conv_cpu.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
-
-#include <cstdlib>
-#include <memory>
-
+#include "bn_act/bn_act.h"
+#include "common/cpu_op.h"
 #include "cpu/kernels.h"
 
 namespace nvae::depthwise_conv {
 namespace {
 
-using at::Tensor;
+constexpr const char* kOp = "depthwise_conv";
 
-void check(const Tensor& x, const Tensor& weight, int64_t stride, int64_t dilation) {
-  TORCH_CHECK(x.dim() == 4 && x.device().is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
-              "depthwise_conv takes [N, C, H, W] float32 or bfloat16 on the CPU, not ", x.sizes(), " ", x.scalar_type());
+Shape shape_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t dilation, int64_t up, int64_t act) {
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
                   weight.size(2) % 2 == 1 && weight.size(2) <= kMaxKernel,
-              "depthwise_conv takes a weight [C, 1, k, k] with k odd and at most ", kMaxKernel, ", not ", weight.sizes());
-  TORCH_CHECK((stride == 1 || stride == 2) && dilation >= 1, "depthwise_conv takes stride 1 or 2 and a positive dilation, not ",
-              stride, " and ", dilation);
-}
-
-Shape shape_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t dilation) {
+              kOp, ": weight has shape ", weight.sizes(), "; expected [", x.size(1), ", 1, k, k] with k odd and at most ", kMaxKernel);
+  check_storage(kOp, "weight", weight);
+  TORCH_CHECK((stride == 1 || stride == 2) && dilation >= 1 && (up == 1 || (up == 2 && stride == 1)), kOp, ": stride ", stride,
+              ", dilation ", dilation, ", upsample ", up, "; expected stride 1 or 2, a positive dilation, and stride 1 to upsample by 2");
+  const int64_t h = x.size(2) * up, w = x.size(3) * up;
   const auto out = [&](int64_t side) { return static_cast<int>(side ? (side - 1) / stride + 1 : 0); };
-  return {x.size(0), x.size(1), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), out(x.size(2)), out(x.size(3)),
-          static_cast<int>(weight.size(2)), static_cast<int>(stride), static_cast<int>(dilation), 0};
+  return {x.size(0), x.size(1), static_cast<int>(h), static_cast<int>(w), out(h), out(w), static_cast<int>(weight.size(2)),
+          static_cast<int>(stride), static_cast<int>(dilation), static_cast<int>(up), static_cast<int>(act)};
 }
 
 // [C, 1, k, k] as the kernels read it: [k * k][C] floats.
-Tensor taps_first(const Tensor& weight) { return weight.to(at::kFloat).flatten(1).t().contiguous(); }
-
-template <typename F>
-void for_each_task(const Shape& s, const F& f) {
-  const int64_t lanes = cpu_kernels().depthwise_conv.lanes, tasks = s.n * ((s.c + lanes - 1) / lanes);
-  if (s.out_h * s.out_w == 0) return;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const size_t bytes = (scratch_floats(s) * sizeof(float) + 63) / 64 * 64;
-    const std::unique_ptr<float, decltype(&std::free)> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
-    for (int64_t i = begin; i < end; i++) f(i, scratch.get());
-  });
+Tensor taps_first(const Tensor& weight) {
+  const Tensor w = weight.to(at::kFloat).contiguous();
+  const int64_t c = w.size(0), taps = w.size(2) * w.size(3);
+  const Tensor out = at::empty({taps, c}, w.options());
+  const float* from = pointer(w);
+  float* to = out.data_ptr<float>();
+  for (int64_t k = 0; k < taps; k++)
+    for (int64_t i = 0; i < c; i++) to[k * c + i] = from[i * taps + k];
+  return out;
 }
 
-uint16_t* half(const Tensor& t) { return reinterpret_cast<uint16_t*>(t.data_ptr()); }
+int64_t tasks(const Shape& s) {
+  const int64_t lanes = cpu_kernels().lanes;
+  return s.out_h > 0 && s.out_w > 0 ? s.n * ((s.c + lanes - 1) / lanes) : 0;
+}
+int64_t work(const Shape& s) { return s.n * s.c * s.h * s.w * s.kernel * s.kernel; }
 
+// du takes the memory of dy (dense, stride 1) with `in_place`.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const OptionalTensor& y_any, const OptionalTensor& c_any,
+                                            const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight,
+                                            int64_t stride, int64_t dilation, int64_t upsample, bool in_place) {
+  const Tensor x = image(kOp, "x", x_any), taps = taps_first(weight);
+  const Shape s = shape_of(x, weight, stride, dilation, upsample, act);
+  const std::vector<int64_t> sizes{s.n, s.c, s.out_h, s.out_w};
+  const Tensor dy = image_like(kOp, "dy", dy_any, sizes, x.scalar_type());
+  TORCH_CHECK(y_any.has_value() == c_any.has_value(), kOp, ": expected both y and c, or neither");
+  const OptionalTensor y = y_any ? OptionalTensor(image_like(kOp, "y", *y_any, sizes, x.scalar_type())) : OptionalTensor();
+  const OptionalTensor c = floats(kOp, "c", c_any, {3, s.c}), bn = floats(kOp, "coefficients", bn_any, {bn_act::kCoefficients, s.c});
+  const int64_t k = weight.size(2), size = k * k * s.c;
+  const Tensor du = in_place ? dy : empty_image(s.n, s.c, x.size(2), x.size(3), x);
+  const Tensor parts = at::empty({s.n, size}, taps.options()), sum_parts = at::empty({bn ? s.n : 0, 2 * s.c}, taps.options());
+  const Tensor dtaps = at::zeros({k * k, s.c}, taps.options()), sums = at::zeros({bn ? 2 : 0, s.c}, taps.options());
+  by_storage(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Backward<T> f{data<T>(dy), y ? data<T>(*y) : nullptr, data<T>(x), pointer(c), pointer(bn), pointer(taps), data<T>(du),
+                        bn ? sum_parts.data_ptr<float>() : nullptr, parts.data_ptr<float>()};
+    const auto run = cpu_kernels().of(type).depthwise_conv.backward;
+    for_each_task(tasks(s), scratch_floats(s), 2 * work(s), [&](int64_t i, float* scratch) { run(s, f, i, scratch); });
+  });
+  if (tasks(s)) {
+    cpu_kernels().join_sums(pointer(parts), s.n, size, 0, size, dtaps.data_ptr<float>());
+    if (bn) cpu_kernels().join_sums(pointer(sum_parts), s.n, 2 * s.c, 0, 2 * s.c, sums.data_ptr<float>());
+  }
+  return {du, dtaps.t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous(), sums};
+}
 }  // namespace
 
-Tensor forward_cpu(const Tensor& x_any, const Tensor& weight, int64_t stride, int64_t dilation) {
-  check(x_any, weight, stride, dilation);
-  const Tensor x = x_any.contiguous(at::MemoryFormat::ChannelsLast), taps = taps_first(weight);
-  const Shape s = shape_of(x, weight, stride, dilation);
-  const Tensor y = at::empty({s.n, s.c, s.out_h, s.out_w}, x.options(), at::MemoryFormat::ChannelsLast);
-  const Tensor one = at::ones({s.c}, taps.options()), zero = at::zeros({s.c}, taps.options());
-  const float *scale = one.const_data_ptr<float>(), *shift = zero.const_data_ptr<float>(), *w = taps.const_data_ptr<float>();
-  const Kernels& kernels = cpu_kernels().depthwise_conv;
-  if (x.scalar_type() == at::kFloat) {
-    const Forward<float> f{x.const_data_ptr<float>(), scale, shift, w, y.data_ptr<float>(), nullptr};
-    for_each_task(s, [&](int64_t task, float* scratch) { kernels.forward_f32(s, f, task, scratch); });
-  } else {
-    const Forward<uint16_t> f{half(x), scale, shift, w, half(y), nullptr};
-    for_each_task(s, [&](int64_t task, float* scratch) { kernels.forward_bf16(s, f, task, scratch); });
-  }
-  return y;
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight,
+                                       int64_t stride, int64_t dilation, int64_t upsample, bool stats) {
+  const Tensor x = image(kOp, "x", x_any), taps = taps_first(weight);
+  const Shape s = shape_of(x, weight, stride, dilation, upsample, act);
+  const OptionalTensor bn = floats(kOp, "coefficients", bn_any, {bn_act::kCoefficients, s.c});
+  const Tensor y = empty_image(s.n, s.c, s.out_h, s.out_w, x), parts = at::empty({stats ? s.n : 0, 3, s.c}, taps.options());
+  by_storage(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Forward<T> f{data<T>(x), pointer(bn), pointer(taps), data<T>(y), stats ? parts.data_ptr<float>() : nullptr};
+    const auto run = cpu_kernels().of(type).depthwise_conv.forward;
+    for_each_task(tasks(s), scratch_floats(s), work(s), [&](int64_t i, float* scratch) { run(s, f, i, scratch); });
+  });
+  const Tensor joined = at::zeros({stats ? 2 : 0, s.c}, taps.options());
+  const double pixels = static_cast<double>(s.out_h) * s.out_w;
+  if (stats && tasks(s)) cpu_kernels().join_stats(pointer(parts), s.n, s.c, pixels, pixels, joined.data_ptr<float>());
+  return {y, joined};
 }
 
-std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& weight, int64_t stride,
-                                        int64_t dilation) {
-  check(x_any, weight, stride, dilation);
-  const Tensor x = x_any.contiguous(at::MemoryFormat::ChannelsLast), taps = taps_first(weight);
-  const Shape s = shape_of(x, weight, stride, dilation);
-  TORCH_CHECK(dy_any.sizes() == at::IntArrayRef({s.n, s.c, s.out_h, s.out_w}) && dy_any.scalar_type() == x.scalar_type(),
-              "depthwise_conv: a gradient of shape ", dy_any.sizes(), " and type ", dy_any.scalar_type(), " does not fit");
-  const Tensor dy = dy_any.contiguous(at::MemoryFormat::ChannelsLast);
-  const int64_t k = weight.size(2);
-  const Tensor dx = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
-  const Tensor partial = at::zeros({s.n, k * k, s.c}, taps.options());
-  const Tensor one = at::ones({s.c}, taps.options()), zero = at::zeros({s.c}, taps.options());
-  const float *scale = one.const_data_ptr<float>(), *none = zero.const_data_ptr<float>(), *w = taps.const_data_ptr<float>();
-  float* dw = partial.data_ptr<float>();
-  const Kernels& kernels = cpu_kernels().depthwise_conv;
-  if (x.scalar_type() == at::kFloat) {
-    const Backward<float> f{dy.const_data_ptr<float>(), nullptr, x.const_data_ptr<float>(), scale, none, none, w,
-                            nullptr, nullptr, nullptr, dx.data_ptr<float>(), nullptr, dw};
-    for_each_task(s, [&](int64_t task, float* scratch) { kernels.backward_f32(s, f, task, scratch); });
-  } else {
-    const Backward<uint16_t> f{half(dy), nullptr, half(x), scale, none, none, w, nullptr, nullptr, nullptr, half(dx), nullptr, dw};
-    for_each_task(s, [&](int64_t task, float* scratch) { kernels.backward_bf16(s, f, task, scratch); });
-  }
-  return {dx, partial.sum(0).t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous()};
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& c, const Tensor& x,
+                                                const OptionalTensor& bn, int64_t act, const Tensor& weight, int64_t stride,
+                                                int64_t dilation, int64_t upsample) {
+  return backward(dy, y, c, x, bn, act, weight, stride, dilation, upsample, false);
+}
+
+std::tuple<Tensor, Tensor> backward_cpu_(Tensor& dy, const OptionalTensor& y, const OptionalTensor& c, const Tensor& x,
+                                         const OptionalTensor& bn, int64_t act, const Tensor& weight, int64_t dilation) {
+  auto [du, dweight, sums] = backward(dy, y, c, x, bn, act, weight, 1, dilation, 1, dy.is_contiguous(at::MemoryFormat::ChannelsLast));
+  if (!du.is_same(dy)) dy.copy_(du);
+  return {dweight, sums};
 }
 
 }  // namespace nvae::depthwise_conv

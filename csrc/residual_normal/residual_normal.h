@@ -1,23 +1,25 @@
-// What the kernels of residual_normal take: up to kBlock neighbouring elements of one (batch, channel) row, as floats.
+// What the kernels of residual_normal take: the elements of a tile, as floats, in whatever order; and how a row is summed.
 #pragma once
 
 namespace nvae::residual_normal {
 
-constexpr int kBlock = 256;
+constexpr int kLanes = 16;   // sums that a row is taken in: its pixel i goes to number i % kLanes
+constexpr int kBlock = 256;  // pixels of a row whose sums are float; beyond them, double
+constexpr int kTile = 512;   // elements
+constexpr int kWidth = kTile / kLanes;  // channels
 
 struct Inputs {
   const float *mu_q, *log_sigma_q, *mu_p, *log_sigma_p, *noise;  // mu_p null: the prior is Normal(0, 0)
-  int n;
+  int n;                                                         // a multiple of kLanes
   bool residual;
 };
 
-struct Sums {
-  float kl, log_q, log_p;
+struct Outputs {
+  float *z, *kl, *log_q, *log_p;  // the terms of the three sums, not their sums
 };
 
 struct Gradients {
-  const float* dz;
-  Sums row;  // gradients of the row's three sums
+  const float *z, *kl, *log_q, *log_p;  // for each element, that of its row's sum
   float *mu_q, *log_sigma_q, *mu_p, *log_sigma_p;
 };
 

@@ -1,16 +1,20 @@
-"""bn_act: batch normalisation followed by an activation, in one op."""
+"""bn_act: batch normalisation followed by an activation, in one op.
+
+`impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds,
+else "reference".
+"""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
-from nvae_fast.kernels.bn_act import reference
+from nvae_fast.kernels import _auto, _impl, _norm
+from nvae_fast.kernels.bn_act import ops, reference
 
-ACTIVATIONS = ("swish", "elu", "identity")
+ACTIVATIONS = _norm.ACTIVATIONS
 
-_impl.register("bn_act")
+_impl.register("bn_act", cpu=ops.cpu_can_run)
 
 
 def bn_act(
@@ -26,6 +30,7 @@ def bn_act(
     eps: float = 1e-5,
     act: str = "swish",
     process_group: dist.ProcessGroup | None = None,
+    stats: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """y = act(u), u = weight (x - mean) / sqrt(var + eps) + bias, per channel of x [B, C, H, W].
@@ -42,58 +47,31 @@ def bn_act(
         momentum: weight of the new batch; None averages all batches with equal weight.
         act: "swish" (u sigmoid(u)), "elu" (u, or exp(u) - 1 below 0) or "identity".
         process_group: joins the batches of this group's processes when training; None uses this process's alone.
+        stats: mean and biased variance [2, C] of x where another op has returned them; the reference takes its own.
+        impl: "auto", "reference" or "cpu" (float32, bfloat16; keeps x and 5 C floats for backward). The reference alone can be
+            differentiated twice.
 
     Raises:
         ValueError: shapes that do not match, an unknown act, one value per channel in training.
+        RuntimeError: an `impl` that cannot run.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167; the semantics of torch.nn.BatchNorm2d and SyncBatchNorm.
     """
-    _check(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, act)
-    if (training or running_mean is None) and x.numel() == x.shape[1] and not _shared(process_group):
-        raise ValueError(
-            f"x of shape {tuple(x.shape)}: batch statistics need more than 1 value per channel; "
-            "use a larger batch or training=False"
-        )
-    _impl.resolve_impl("bn_act", impl, x, weight, bias, running_mean, running_var)
-    return reference.bn_act(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        act=act,
-        process_group=process_group,
-    )
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    act: str,
-) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x of shape {tuple(x.shape)} and {x.dtype}: expected a floating-point [B, C, H, W]")
     if act not in ACTIVATIONS:
         raise ValueError(f"act {act!r}: expected one of {', '.join(ACTIVATIONS)}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var: expected both or neither; pass None for both to go without")
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, t in named.items():
-        if t is not None and t.shape != (x.shape[1],):
-            raise ValueError(f"{name} of shape {tuple(t.shape)}: expected ({x.shape[1]},), the channels of x")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum None averages over all batches: pass num_batches_tracked, or a momentum")
-
-
-def _shared(process_group: dist.ProcessGroup | None) -> bool:
-    return process_group is not None and dist.get_world_size(process_group) > 1
+    norm = _norm.Norm(
+        weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, process_group, stats
+    )
+    _norm.check_norm(norm, x, x.shape[1], "x")
+    values = x.numel() // max(x.shape[1], 1)
+    _norm.check_batch(norm, values, x.shape)
+    impl = _auto.choose("bn_act", impl, [x])
+    if _impl.resolve_impl("bn_act", impl, x) == "reference":
+        return reference.bn_act(
+            x, *norm[:5], training=training, momentum=momentum, eps=eps, act=act, process_group=process_group
+        )
+    y, bn = ops.BnAct.apply(x, *_norm.tensors(norm), _norm.config(norm), ACTIVATIONS.index(act))
+    _norm.move_running([norm], [bn], [values])
+    return y

@@ -1,19 +1,28 @@
-"""Schema, shapes and autograd of `depthwise_conv`. The native code registers itself for these schemas when it loads."""
+"""Schemas and shapes of `depthwise_conv`. The native code registers itself for these schemas when it loads.
+
+The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
+normalised x (of x without bn), the weight's, and sums [2, C] = sum(du), sum(du (x - mean)) for the normalisation before it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels.bn_act.ops import empty_image
 
-_ARGUMENTS = "Tensor x, Tensor weight, int stride, int dilation"
-torch.library.define("nvae_fast::depthwise_conv_fwd", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define("nvae_fast::depthwise_conv_bwd", f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor)")
+_INPUT = "Tensor x, Tensor? bn, int act, Tensor weight, int stride, int dilation, int upsample"
+torch.library.define("nvae_fast::depthwise_conv_fwd", f"({_INPUT}, bool stats) -> (Tensor, Tensor)")
+torch.library.define(
+    "nvae_fast::depthwise_conv_bwd", f"(Tensor dy, Tensor? y, Tensor? c, {_INPUT}) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(  # du in the memory of dy: stride 1, no upsampling
+    "nvae_fast::depthwise_conv_bwd_",
+    "(Tensor(a!) dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, int dilation) -> (Tensor, Tensor)",
+)
 
 MAX_KERNEL = 11
 _compiled = native_predicate("cpu", torch.float32, torch.bfloat16)
@@ -27,28 +36,34 @@ def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
 
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_fwd")
-def _forward_shape(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def _forward_shapes(
+    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stride: int, dilation: int, upsample: int, stats: bool
+) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    y = x.new_empty(n, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
-    return y.contiguous(memory_format=torch.channels_last)
+    y = empty_image(x, n, c, (h * upsample - 1) // stride + 1, (w * upsample - 1) // stride + 1)
+    return y, x.new_empty(2 if stats else 0, c, dtype=torch.float32)
 
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_bwd")
-def _backward_shapes(dy: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.channels_last), weight.new_empty(weight.shape)
+def _backward_shapes(
+    dy: Tensor,
+    y: Tensor | None,
+    c: Tensor | None,
+    x: Tensor,
+    bn: Tensor | None,
+    act: int,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    upsample: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
+    return empty_image(x, *x.shape), weight.new_empty(weight.shape), sums
 
 
-class DepthwiseConv(torch.autograd.Function):
-    """Keeps x and the weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = stride, dilation
-        return torch.ops.nvae_fast.depthwise_conv_fwd(x, weight, stride, dilation)
-
-    @staticmethod
-    @first_order("depthwise_conv")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = torch.ops.nvae_fast.depthwise_conv_bwd(dy, *ctx.saved_tensors, *ctx.sizes)
-        return dx, dweight, None, None
+@torch.library.register_fake("nvae_fast::depthwise_conv_bwd_")
+def _backward_in_place_shapes(
+    dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int
+) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
+    return weight.new_empty(weight.shape), sums

@@ -5,6 +5,10 @@
 for (G, R), (B, R), (B, G)). For any other C they are (C, 2M) means and log-scales, then M coefficients for each pair
 (channel, earlier channel) = (1, 0), (2, 0), (2, 1), (3, 0), ... Log-scales are clamped below at -7, coefficients go
 through tanh. Images are in [0, 1]; the formulas are in y = 2x - 1.
+
+`impl="auto"` of `logistic_mixture_log_prob` takes "cpu" on the CPU for float32 and bfloat16 params and an x that needs no
+gradient (measured against the reference: README.md beside this file), else "reference". The other two have their reference
+only: they run once per image drawn, not in training.
 """
 
 from __future__ import annotations
@@ -13,11 +17,11 @@ import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _impl
-from nvae_fast.kernels.logistic_mixture import reference
+from nvae_fast.kernels.logistic_mixture import ops, reference
 
 COMPAT = ("nvlabs", "fixed")
 
-_impl.register("logistic_mixture_log_prob")
+_impl.register("logistic_mixture_log_prob", cpu=ops.cpu_can_run)
 _impl.register("logistic_mixture_sample")
 _impl.register("logistic_mixture_mean")
 
@@ -45,12 +49,15 @@ def logistic_mixture_log_prob(
         num_bits: bits per channel, 1 to 8.
         compat: "nvlabs" takes y > 0.99 for the top, which with 8 bits makes level 254 open-ended too (published
             numbers: a pixel's probabilities sum to more than 1); "fixed" the top level alone.
+        impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone gives a gradient of x and can be
+            differentiated twice.
 
     Returns:
         float32 (float64 for float64 params).
 
     Raises:
-        ValueError: shapes that do not match, num_bits outside 1 to 8, an unknown compat.
+        ValueError: shapes or devices that do not match, num_bits outside 1 to 8, an unknown compat.
+        RuntimeError: an `impl` that cannot run.
 
     Source: Salimans et al., PixelCNN++, arXiv 1701.05517.
     """
@@ -62,7 +69,11 @@ def logistic_mixture_log_prob(
     if not 1 <= num_bits <= 8:
         raise ValueError(f"num_bits {num_bits}: expected 1 to 8 bits per channel")
     _check_compat(compat)
-    _impl.resolve_impl("logistic_mixture_log_prob", impl, x, params)
+    if x.device != params.device:
+        raise ValueError(f"x is on {x.device} and params on {params.device}: move them to one device")
+    x = x.to(torch.promote_types(params.dtype, torch.float32))
+    if _impl.resolve_impl("logistic_mixture_log_prob", impl, x, params) == "cpu":
+        return ops.LogisticMixtureLogProb.apply(x, params, num_mixtures, num_bits, compat == "fixed")
     return reference.logistic_mixture_log_prob(x, params, num_mixtures=num_mixtures, num_bits=num_bits, compat=compat)
 
 

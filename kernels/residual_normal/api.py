@@ -57,7 +57,7 @@ def residual_normal(
         tensors |= {"mu_p": mu_p, "log_sigma_p": log_sigma_p}
     dtype = _check(tensors)
     noise = _noise(mu_q, noise, generator)
-    mu_q, log_sigma_q, *prior = (t.to(dtype) for t in tensors.values())
+    mu_q, log_sigma_q, *prior = (t if t.dtype == dtype else t.to(dtype) for t in tensors.values())
     mu_p, log_sigma_p = prior or (None, None)
     impl = _impl.resolve_impl("residual_normal", impl, mu_q, log_sigma_q, mu_p, log_sigma_p, noise)
     if impl == "reference":
@@ -109,27 +109,31 @@ def normal_params(mu: Tensor, log_sigma: Tensor, temperature: float = 1.0) -> tu
 def _check(tensors: dict[str, Tensor]) -> torch.dtype:
     """Same 4-D shape and device, floating point; returns the promoted dtype."""
     (first, model), *others = tensors.items()
-    if model.dim() != 4:
-        raise ValueError(f"{first} has shape {tuple(model.shape)}: expected [B, Z, h, w]")
-    dtype = model.dtype
-    for name, t in ((first, model), *others):
-        if not t.is_floating_point():
-            raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor")
-        _check_like(name, t, first, model)
-        dtype = torch.promote_types(dtype, t.dtype)
+    shape, dtype, device = model.shape, model.dtype, model.device
+    if len(shape) != 4:
+        raise ValueError(f"{first} has shape {tuple(shape)}: expected [B, Z, h, w]")
+    if not dtype.is_floating_point:
+        raise TypeError(f"{first} is {dtype}: expected a floating-point tensor")
+    for name, t in others:
+        if t.dtype != dtype:
+            if not t.is_floating_point():
+                raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor")
+            dtype = torch.promote_types(dtype, t.dtype)
+        if t.shape != shape or t.device != device:
+            raise _unlike(name, t, first, model)
     return dtype
 
 
-def _check_like(name: str, t: Tensor, first: str, model: Tensor) -> None:
+def _unlike(name: str, t: Tensor, first: str, model: Tensor) -> ValueError:
     if t.shape != model.shape:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}: expected that of {first}, {tuple(model.shape)}")
-    if t.device != model.device:
-        raise ValueError(f"{name} is on {t.device} and {first} on {model.device}: move them to one device")
+        return ValueError(f"{name} has shape {tuple(t.shape)}: expected that of {first}, {tuple(model.shape)}")
+    return ValueError(f"{name} is on {t.device} and {first} on {model.device}: move them to one device")
 
 
 def _noise(model: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     if noise is None:
         return torch.randn(model.shape, generator=generator, device=model.device, dtype=wide)
-    _check_like("noise", noise, "the parameters", model)
-    return noise.to(wide)
+    if noise.shape != model.shape or noise.device != model.device:
+        raise _unlike("noise", noise, "the parameters", model)
+    return noise if noise.dtype == wide else noise.to(wide)

@@ -1,13 +1,20 @@
-"""se_residual: squeeze-excitation of a branch, its scaling and the residual sum, in one op."""
+"""se_residual: squeeze-excitation of a branch, its scaling and the residual sum, in one op.
+
+`impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU (skip and x alike) where its row in
+`kernels/_auto.py` holds, else "reference".
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
-from nvae_fast.kernels.se_residual import reference
+from nvae_fast.kernels import _auto, _impl, _norm
+from nvae_fast.kernels._norm_conv import batch_stats
+from nvae_fast.kernels.bn_act.ops import ApplyNorm
+from nvae_fast.kernels.se_residual import ops, reference
 
-_impl.register("se_residual")
+_impl.register("se_residual", cpu=ops.cpu_can_run)
 
 
 def se_residual(
@@ -19,8 +26,10 @@ def se_residual(
     b2: Tensor | None,
     *,
     residual_scale: float = 0.1,
+    bn: Tensor | None = None,
+    return_stats: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = skip + residual_scale * x * sigmoid(w2 relu(w1 mean_hw(x) + b1) + b2), the gate per image and channel.
 
     With w1, b1, w2 and b2 all None there is no gate: y = skip + residual_scale * x.
@@ -31,6 +40,9 @@ def se_residual(
         w1, b1: [H, C], [H]: the linear layer from the C means to H hidden units.
         w2, b2: [C, H], [C]: the linear layer back.
         residual_scale: weight of the branch.
+        bn: the normalisation of x that `inverted_residual(..., defer=True)` left to do, applied here on the way in.
+        return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them.
+        impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone can be differentiated twice.
 
     Raises:
         ValueError: shapes that do not match, or some but not all of the four gate tensors.
@@ -45,11 +57,25 @@ def se_residual(
     absent = [name for name, t in gate.items() if t is None]
     if absent and len(absent) < 4:
         raise ValueError(f"{', '.join(absent)} is None: expected all of w1, b1, w2, b2, or none of them for no gate")
+    _norm.check_beside(x, skip=skip, **gate, bn=bn)
     if not absent:
-        channels, hidden = x.shape[1], w1.shape[0]
+        channels, hidden = x.shape[1], w1.shape[0] if w1.dim() else 0
         shapes = {"w1": (hidden, channels), "b1": (hidden,), "w2": (channels, hidden), "b2": (channels,)}
         for name, shape in shapes.items():
             if gate[name].shape != shape:
                 raise ValueError(f"{name} of shape {tuple(gate[name].shape)}: expected {shape} for {channels} channels")
-    _impl.resolve_impl("se_residual", impl, skip, x, w1, b1, w2, b2)
-    return reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale)
+    if bn is not None and (bn.shape != (5, x.shape[1]) or bn.dtype != torch.float32):
+        raise ValueError(
+            f"bn of shape {tuple(bn.shape)} and {bn.dtype}: expected float32 (5, {x.shape[1]}), as inverted_residual returns it"
+        )
+    if skip.dtype != x.dtype and impl == "auto":
+        impl = _impl.without("cpu")
+    impl = _auto.choose("se_residual", impl, [skip, x], [] if absent else [w1], fused=bn is not None)
+    if _impl.resolve_impl("se_residual", impl, skip, x) == "reference":
+        x = x if bn is None else ApplyNorm.apply(x, bn)
+        y = reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale)
+        return (y, batch_stats(y)) if return_stats else y
+    dtype = torch.promote_types(skip.dtype, x.dtype)
+    w1, b1, w2, b2 = (None if t is None else t.float() for t in (w1, b1, w2, b2))
+    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), bn, w1, b1, w2, b2, residual_scale, return_stats)
+    return (y, stats) if return_stats else y

@@ -49,6 +49,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--bar", action=OnOff, default=True, help="show a progress bar [on]")
     add_device_flag(run)
     run.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="[auto: bf16 on GPUs, else fp32]")
+    memory = "what cells keep for backward; low keeps least and computes most again [balanced]"
+    run.add_argument("--memory", default="balanced", choices=("fast", "balanced", "low"), help=memory)
     add_workers_flag(run)
     add_config_flags(parser)
     public = parser.add_argument_group("further flags of the public code")
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     options = Options(
         out=output_folder(args, config), device=device, precision=precision, workers=args.workers, log_every=args.log_every,
         resume=args.resume or ("auto" if args.cont_training else None), valid_samples=args.valid_samples, images=args.images,
-        bar=args.bar,
+        bar=args.bar, memory=args.memory,
     )  # fmt: skip
     trainer = Trainer(config, train, valid, options)
     size = sum(p.numel() for p in trainer.model.parameters()) / 1e6

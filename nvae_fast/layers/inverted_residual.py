@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.errors import InputError
+from nvae_fast.kernels.inverted_residual import MEMORY
 from nvae_fast.layers.conv import same_padding
 from nvae_fast.layers.norm import BatchNormAct2d
 
@@ -16,20 +17,25 @@ class InvertedResidual(nn.Module):
 
     `stride` 1 keeps, 2 halves and -1 doubles the resolution. `groups` 0 means depthwise, any other number grouped
     convolution. No bias, no weight normalisation, no skip connection: NVAE's `mconv_e{E}k{k}g{g}`.
+
+    `memory`, which may be set at any time, is what the fused branch keeps for backward: "fast" and "balanced" 14 times x (for
+    E = 6 and stride 1), "low" 2 times x at the price of computing the first two convolutions again.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, expansion: float = 6, kernel_size: int = 5, stride: int = 1,
-                 groups: int = 0, eps: float = 1e-5, momentum: float = 0.05) -> None:  # fmt: skip
+                 groups: int = 0, eps: float = 1e-5, momentum: float = 0.05, memory: str = "balanced") -> None:  # fmt: skip
         super().__init__()
         if stride not in (-1, 1, 2):
             raise InputError(f"stride={stride} of an inverted residual must be 1, 2 or -1 (up-sampling)")
+        if memory not in MEMORY:
+            raise InputError(f"memory='{memory}': expected one of {', '.join(MEMORY)}")
         hidden = round(in_channels * expansion)
         if groups and hidden % groups:
             raise InputError(
                 f"hidden width {hidden} = {in_channels} * {expansion} must be a multiple of groups={groups}: "
                 f"use a width that is, or another arch_instance"
             )
-        self.upsample = stride == -1
+        self.upsample, self.memory = stride == -1, memory
         bn = {"eps": eps, "momentum": momentum}
         self.bn_in = BatchNormAct2d(in_channels, act="identity", **bn)
         self.expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
@@ -41,10 +47,22 @@ class InvertedResidual(nn.Module):
         self.bn_out = BatchNormAct2d(out_channels, act="identity", **bn)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x, defer=False)
+
+    def branch(self, x: Tensor, *, defer: bool = True) -> Tensor | tuple[Tensor, Tensor | None]:
+        """(t, bn): the output with its last normalisation still to be done by `functional.se_residual(bn=...)`,
+        or (y, None)."""
+        if self.depthwise.groups != self.depthwise.in_channels:
+            y = self._grouped(x)
+            return (y, None) if defer else y
+        norms = [bn.norm for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
+        return F.inverted_residual(
+            x, self.expand.weight, self.depthwise.weight, self.project.weight, norms, stride=self.depthwise.stride[0],
+            upsample=2 if self.upsample else 1, memory=self.memory, defer=defer,
+        )  # fmt: skip
+
+    def _grouped(self, x: Tensor) -> Tensor:
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
         x = self.bn_expand(self.expand(self.bn_in(x)))
-        dw = self.depthwise
-        spatial = F.depthwise_conv(x, dw.weight, stride=dw.stride[0]) if dw.groups == dw.in_channels else dw(x)
-        x = self.bn_depthwise(spatial)
-        return self.bn_out(self.project(x))
+        return self.bn_out(self.project(self.bn_depthwise(self.depthwise(x))))

@@ -1,8 +1,9 @@
-"""Batch normalisation with its activation."""
+"""Batch normalisation with its activation, on one process or joined over several."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
@@ -13,28 +14,69 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     `act` is "swish" (u * sigmoid(u)), "elu" or "identity". Parameters, buffers and numbers are those of nn.BatchNorm2d, whose
     arguments it takes. In training, statistics are those of the batch, and the running ones move by `momentum`.
+
+    `sync` joins the batches of all processes of `process_group` (None: of all there are) when training, as nn.SyncBatchNorm
+    does; `convert_sync_batch_norm` sets it throughout a model.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
-                 track_running_stats: bool = True, device=None, dtype=None, *, act: str = "swish") -> None:  # fmt: skip
+                 track_running_stats: bool = True, device=None, dtype=None, *, act: str = "swish", sync: bool = False,
+                 process_group: dist.ProcessGroup | None = None) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.act = act
+        if act not in ("identity", "swish", "elu"):
+            raise ValueError(f"act {act!r}: expected one of identity, swish, elu")
+        self.act, self.sync, self.process_group = act, sync, process_group
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
+    @property
+    def norm(self) -> F.Norm:
+        """This normalisation, without its activation, as the fused ops take it."""
         tracked = self.track_running_stats and self.running_mean is not None
-        return F.bn_act(
-            x, self.weight, self.bias, self.running_mean, self.running_var,
+        group = None
+        if self.sync and self.training and dist.is_available() and dist.is_initialized():
+            group = self.process_group or dist.group.WORLD
+        return F.Norm(
+            self.weight, self.bias, self.running_mean, self.running_var,
             self.num_batches_tracked if self.training and tracked else None,
-            training=self.training or not tracked, momentum=self.momentum, eps=self.eps, act=self.act,
+            self.training or not tracked, self.momentum, self.eps, group,
         )  # fmt: skip
 
+    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
+        """`stats`: mean and variance [2, C] of x where the op before has returned them."""
+        self._check_input_dim(x)
+        n = self.norm
+        return F.bn_act(x, *n[:5], training=n.training, momentum=n.momentum, eps=n.eps, act=self.act,
+                        process_group=n.process_group, stats=stats)  # fmt: skip
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act}"
+        return f"{super().extra_repr()}, act={self.act}" + (", sync" if self.sync else "")
+
+    @property
+    def qconfig(self) -> None:
+        """Asked for by torch.nn.SyncBatchNorm.convert_sync_batchnorm while it copies a batch norm, and the place to stop it."""
+        raise TypeError(
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d: "
+            "use nvae_fast.layers.convert_sync_batch_norm"
+        )
+
+
+def convert_sync_batch_norm(
+    module: nn.Module, process_group: dist.ProcessGroup | None = None, *, sync: bool = True
+) -> nn.Module:
+    """Every BatchNormAct2d of `module` joins its batch statistics over `process_group` (None: all processes) from now on, or
+    with sync=False stops doing so. Any other nn.BatchNorm2d is left alone: torch's own conversion takes care of those. In
+    place; returns `module`."""
+    for m in module.modules():
+        if isinstance(m, BatchNormAct2d):
+            m.sync, m.process_group = sync, process_group if sync else None
+    return module
 
 
 def bn_regularizer(bns: list[nn.BatchNorm2d]) -> Tensor:
     """Sum over BN layers of max_c |gamma_c|; 0 without layers."""
     if not bns:
         return torch.zeros(())
-    return torch.stack([bn.weight.abs().max() for bn in bns]).sum()
+    weights = torch.cat([bn.weight for bn in bns]).abs()
+    sizes = torch.tensor([bn.num_features for bn in bns])
+    layer = torch.repeat_interleave(torch.arange(len(bns)), sizes).to(weights.device)
+    # as max does, its gradient is shared evenly among the largest
+    return weights.new_zeros(len(bns)).scatter_reduce(0, layer, weights, "amax", include_self=False).sum()

@@ -19,8 +19,9 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.residual(x.new_zeros(()).expand_as(x), x, scale=1.0)
 
-    def residual(self, skip: Tensor, x: Tensor, *, scale: float = 0.1) -> Tensor:
-        """skip + scale * SE(x), in one op."""
+    def residual(self, skip: Tensor, x: Tensor, *, scale: float = 0.1, bn: Tensor | None = None) -> Tensor:
+        """skip + scale * SE(x), in one op; `bn` is a normalisation of x that is still to be done (from
+        `InvertedResidual.branch`)."""
         return F.se_residual(
-            skip, x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias, residual_scale=scale
+            skip, x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias, residual_scale=scale, bn=bn
         )

@@ -39,6 +39,7 @@ class Options:
     out: Path
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"  # or bf16: autocast of the forward pass and the loss
+    memory: str = "balanced"  # what cells keep for backward: fast, balanced or low
     resume: str | None = None  # None: a new run; "auto": go on if there is something to go on with; or a checkpoint folder
     workers: int = 0
     log_every: int = 10  # steps between two lines of metrics.jsonl
@@ -58,6 +59,7 @@ class Trainer:
         torch.manual_seed(c.seed)
         np.random.seed(c.seed % 2**32)
         self.model = NVAE(config).to(options.device, memory_format=torch.channels_last)
+        self.model.set_memory(options.memory)
         self.optimizer = make_optimizer(self.model)
         self.spectral = SpectralState(c.seed)
         self.train_loader = loader(config, train, train=True, workers=options.workers)

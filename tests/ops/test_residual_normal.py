@@ -103,46 +103,6 @@ def test_native_within_budget(within_budget, dtype, scale, prior, isa):
         NATIVE.use_instruction_set(before)
 
 
-LAYOUTS = {
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "half of the channels": lambda t: torch.cat([t, t], 1).chunk(2, 1)[1],
-    "half of the channels, channels_last": lambda t: LAYOUTS["channels_last"](torch.cat([t, t], 1)).chunk(2, 1)[0],
-    "window of a larger map": lambda t: torch.nn.functional.pad(t, (1, 2, 1, 3))[:, :, 1:-3, 1:-2],
-    "transposed": lambda t: t.mT.contiguous().mT,
-    "every second": lambda t: t.repeat_interleave(2, 3)[..., ::2],
-}
-
-
-@native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_in_and_back(layout, dtype):
-    tensors, noise = inputs(dtype=dtype)
-    gradients = [w.to(t) for w, t in zip(weights(), [tensors[0], noise, noise, noise], strict=True)]
-
-    def outputs(arrange):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = rn.residual_normal(*(arrange(t) for t in leaves), arrange(noise), impl="cpu")
-        grads = [arrange(gradients[0]), *(g.t().contiguous().t() for g in gradients[1:])]
-        return [*out, *torch.autograd.grad(out, leaves, grads)]
-
-    for a, b in zip(outputs(LAYOUTS[layout]), outputs(torch.Tensor.contiguous), strict=True):
-        assert torch.equal(a, b)
-
-
-@native
-def test_expanded_tensors_and_gradients():
-    noise = torch.randn(4, 3, 5, 7)
-    small = [torch.randn(1, 3, 1, 1, requires_grad=True) for _ in range(4)]
-
-    def gradients(impl):
-        out = rn.residual_normal(*(t.expand(noise.shape) for t in small), noise, impl=impl)
-        return torch.autograd.grad(out.z.sum() + out.kl.sum() + 2 * out.log_q.mean() - out.log_p.sum(), small)
-
-    for a, b in zip(gradients("cpu"), gradients("reference"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
 @native
 @pytest.mark.parametrize("used", [c for n in (1, 2) for c in itertools.combinations(range(4), n)], ids=str)
 def test_absent_gradients(used):
@@ -154,34 +114,6 @@ def test_absent_gradients(used):
         found.append(torch.autograd.grad(sum(out[i].sum() for i in used), leaves, allow_unused=True))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
-
-
-@native
-@pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
-def test_opcheck(prior, layout):
-    arrange = LAYOUTS.get(layout, torch.Tensor.contiguous)
-    tensors, noise = inputs(prior=prior)
-    params = [arrange(t) for t in tensors] + [None] * (4 - len(tensors))
-    args = (*params, arrange(noise), prior == "residual")
-    dz, *sums = (w.float() for w in weights())
-    torch.library.opcheck(torch.ops.nvae_fast.residual_normal_fwd, args)
-    torch.library.opcheck(torch.ops.nvae_fast.residual_normal_bwd, (arrange(dz), *sums, *args))
-    torch.library.opcheck(torch.ops.nvae_fast.residual_normal_bwd, (None, sums[0], None, None, *args))
-
-
-@native
-def test_thread_count_does_not_change_a_bit():
-    tensors, noise = inputs((5, 7, 33, 31))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(tensors, noise, "residual", "cpu"))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @native

@@ -1,0 +1,155 @@
+// bn_act on the CPU: channels-last inside, float or bfloat16 storage, float arithmetic, sums joined in double.
+#include "bn_act/bn_act_cpu.h"
+
+#include <ATen/Dispatch_v2.h>
+
+#include <cmath>
+
+#include "common/cpu_op.h"
+#include "cpu/kernels.h"
+
+namespace nvae::bn_act {
+namespace {
+
+constexpr const char* kOp = "bn_act";
+
+Shape shape_of(const Tensor& x, int64_t act) {
+  const int64_t rows = x.size(0) * x.size(2) * x.size(3);
+  return {rows, x.size(1), static_cast<int>(act), chunk_rows(rows, 256, 64)};
+}
+int64_t tasks(const Shape& s) { return s.channels ? (s.rows + s.chunk - 1) / s.chunk : 0; }
+int64_t last_rows(const Shape& s) { return s.rows - (tasks(s) - 1) * s.chunk; }
+
+}  // namespace
+
+Tensor stats_cpu(const Tensor& x_any) {
+  const Tensor x = image(kOp, "x", x_any);
+  const Shape s = shape_of(x, 0);
+  const auto options = x.options().dtype(at::kFloat);
+  if (!tasks(s)) return at::zeros({2, s.channels}, options);
+  const Tensor parts = at::empty({tasks(s), 3, s.channels}, options), out = at::empty({2, s.channels}, options);
+  float* p = parts.data_ptr<float>();
+  by_storage(x, [&](auto* type) {
+    const auto run = cpu_kernels().of(type).bn_act.stats;
+    const auto* xp = data<std::remove_pointer_t<decltype(type)>>(x);
+    for_each_task(tasks(s), 0, x.numel() * 2, [&](int64_t i, float*) { run(s, xp, p + i * 3 * s.channels, i); });
+  });
+  cpu_kernels().join_stats(p, tasks(s), s.channels, s.chunk, last_rows(s), out.data_ptr<float>());
+  return out;
+}
+
+Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any, double eps) {
+  TORCH_CHECK(stats_any.dim() == 2, kOp, ": statistics of shape ", stats_any.sizes(), "; expected [2, C]");
+  const int64_t c = stats_any.size(1);
+  const Tensor stats = floats(kOp, "statistics", stats_any, {2, c});
+  const OptionalTensor weight = floats(kOp, "weight", weight_any, {c}), bias = floats(kOp, "bias", bias_any, {c});
+  const Tensor out = at::empty({kCoefficients, c}, stats.options());
+  const float *in = pointer(stats), *w = pointer(weight), *b = pointer(bias);
+  float* o = out.data_ptr<float>();
+  for (int64_t i = 0; i < c; i++) {
+    const double mean = in[i], var = in[c + i], rstd = 1.0 / std::sqrt(var + eps), scale = (w ? w[i] : 1.0) * rstd;
+    o[kMean * c + i] = in[i];
+    o[kVar * c + i] = in[c + i];
+    o[kRstd * c + i] = static_cast<float>(rstd);
+    o[kScale * c + i] = static_cast<float>(scale);
+    o[kShift * c + i] = static_cast<float>((b ? b[i] : 0.0) - mean * scale);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients_cpu(const Tensor& sums_any, const Tensor& bn_any, double count) {
+  TORCH_CHECK(sums_any.dim() == 2, kOp, ": sums of shape ", sums_any.sizes(), "; expected [2, C]");
+  const int64_t c = sums_any.size(1);
+  const Tensor sums = floats(kOp, "sums", sums_any, {2, c}), bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c});
+  const Tensor coef = at::empty({3, c}, sums.options()), dweight = at::empty({c}, sums.options()), dbias = at::empty({c}, sums.options());
+  const float *s = pointer(sums), *p = pointer(bn);
+  float *o = coef.data_ptr<float>(), *dw = dweight.data_ptr<float>(), *db = dbias.data_ptr<float>();
+  for (int64_t i = 0; i < c; i++) {
+    const double mean = p[kMean * c + i], rstd = p[kRstd * c + i], scale = p[kScale * c + i], total = s[i], moment = s[c + i] * rstd;
+    // fixed statistics have an infinite count: zeros, also where a sum is NaN, which then stays in its element
+    const double share = 1.0 / count, c1 = share > 0 ? -scale * rstd * moment * share : 0.0;
+    o[i] = p[kScale * c + i];
+    o[c + i] = static_cast<float>(c1);
+    o[2 * c + i] = share > 0 ? static_cast<float>(-scale * total * share - c1 * mean) : 0.0f;
+    dw[i] = static_cast<float>(moment);
+    db[i] = s[i];
+  }
+  return {coef, dweight, dbias};
+}
+
+void move_cpu(Tensor& running_mean, Tensor& running_var, const Tensor& bn_any, double rate, double count) {
+  const int64_t c = running_mean.numel();
+  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c});
+  TORCH_CHECK(running_var.numel() == c, kOp, ": running_var has shape ", running_var.sizes(), "; expected ", running_mean.sizes());
+  const float* from = pointer(bn);
+  const auto move = [&](Tensor& running, const float* found, double factor) {
+    AT_DISPATCH_V2(running.scalar_type(), "bn_act_move", AT_WRAP([&] {
+                     scalar_t* p = running.data_ptr<scalar_t>();
+                     const int64_t step = running.stride(0);
+                     for (int64_t i = 0; i < c; i++)
+                       p[i * step] = static_cast<scalar_t>((1.0 - rate) * static_cast<double>(p[i * step]) + rate * factor * found[i]);
+                   }),
+                   AT_EXPAND(AT_FLOATING_TYPES), at::kBFloat16, at::kHalf);
+  };
+  move(running_mean, from + kMean * c, 1.0);
+  move(running_var, from + kVar * c, count / std::max(count - 1.0, 1.0));
+}
+
+Tensor forward_cpu(const Tensor& x_any, const Tensor& bn_any, int64_t act) {
+  const Tensor x = image(kOp, "x", x_any), bn = floats(kOp, "coefficients", bn_any, {kCoefficients, x_any.size(1)});
+  const Shape s = shape_of(x, act);
+  const Tensor y = empty_image(x.size(0), x.size(1), x.size(2), x.size(3), x);
+  by_storage(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = cpu_kernels().of(type).bn_act.forward;
+    for_each_task(tasks(s), 0, x.numel() * 8, [&](int64_t i, float*) { run(s, data<T>(x), pointer(bn), data<T>(y), i); });
+  });
+  return y;
+}
+
+Tensor sums_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any, int64_t act) {
+  const Tensor x = image(kOp, "x", x_any), dy = image_like(kOp, "dy", dy_any, x.sizes(), x.scalar_type());
+  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, x.size(1)});
+  const Shape s = shape_of(x, act);
+  if (!tasks(s)) return at::zeros({2, s.channels}, bn.options());
+  const Tensor parts = at::empty({tasks(s), 2, s.channels}, bn.options()), out = at::empty({2, s.channels}, bn.options());
+  float* p = parts.data_ptr<float>();
+  by_storage(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = cpu_kernels().of(type).bn_act.sums;
+    for_each_task(tasks(s), 0, x.numel() * 8, [&](int64_t i, float*) {
+      run(s, data<T>(dy), data<T>(x), pointer(bn), p + i * 2 * s.channels, i);
+    });
+  });
+  cpu_kernels().join_sums(p, tasks(s), 2 * s.channels, 0, 2 * s.channels, out.data_ptr<float>());
+  return out;
+}
+
+Tensor backward_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any, int64_t act, const Tensor& c_any) {
+  const Tensor x = image(kOp, "x", x_any), dy = image_like(kOp, "dy", dy_any, x.sizes(), x.scalar_type());
+  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, x.size(1)}), c = floats(kOp, "c", c_any, {3, x.size(1)});
+  const Shape s = shape_of(x, act);
+  const Tensor dx = empty_image(x.size(0), x.size(1), x.size(2), x.size(3), x);
+  by_storage(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = cpu_kernels().of(type).bn_act.backward;
+    for_each_task(tasks(s), 0, x.numel() * 8, [&](int64_t i, float*) {
+      run(s, data<T>(dy), data<T>(x), pointer(bn), pointer(c), data<T>(dx), i);
+    });
+  });
+  return dx;
+}
+
+void affine_cpu_(Tensor& du, const Tensor& x_any, const Tensor& c_any) {
+  const Tensor x = image(kOp, "x", x_any), c = floats(kOp, "c", c_any, {3, x.size(1)});
+  const Shape s = shape_of(x, 0);
+  const Tensor dense = image_like(kOp, "du", du, x.sizes(), x.scalar_type());
+  by_storage(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = cpu_kernels().of(type).bn_act.affine;
+    for_each_task(tasks(s), 0, x.numel(), [&](int64_t i, float*) { run(s, data<T>(x), pointer(c), data<T>(dense), i); });
+  });
+  if (!dense.is_same(du)) du.copy_(dense);
+}
+
+}  // namespace nvae::bn_act

@@ -1,0 +1,47 @@
+// Arguments of the 1x1 kernels. Rows are pixels: x [m][in], y [m][out], dense. T is float or bfloat16, the rest float.
+#pragma once
+#include <cstdint>
+
+namespace nvae::pointwise_conv {
+
+constexpr int kRows = 128;  // rows of a tile, at most
+
+struct Shape {
+  int64_t m, in, out;
+  int act;         // of the prologue
+  int64_t pixels;  // rows of an image
+  int64_t chunk;   // rows of a task: a function of the sizes alone
+};
+
+// y = act(u) W^T, u = scale x + shift as in `bn` [kCoefficients][in] (bn_act.h); bn null: y = x W^T. packed: W^T in panels.
+// stats [3][out] of each task: pivot, sum(y - pivot), sum((y - pivot)^2). pixel_sums [images + tasks][out]: row image + task is
+// the sum of y over the rows of that image in that task. Either may be null.
+template <typename T>
+struct Forward {
+  const T* x;
+  const float *bn, *packed;
+  T* y;
+  float *stats, *pixel_sums;
+};
+
+// From g = c0 dy + c1 y + c2 (c [3][out]: the backward of the BatchNorm behind; c null: g = dy): du, the gradient of u (of x
+// without bn); sums [2][in] of each task: sum(du), sum(du (x - mean)), null: not wanted; dweight [out][in] of each task.
+// packed: W in panels.
+template <typename T>
+struct Backward {
+  const T *dy, *y, *x;
+  const float *c, *bn, *packed;
+  T* du;
+  float *sums, *dweight;
+};
+
+template <typename T>
+struct Kernels {
+  void (*forward)(const Shape&, const Forward<T>&, int64_t task, float* scratch);
+  void (*backward)(const Shape&, const Backward<T>&, int64_t task, float* scratch);
+};
+
+// Floats of scratch that a task of either kind needs, at most.
+inline int64_t scratch_floats(const Shape& s) { return kRows * (s.in + s.out + 192); }
+
+}  // namespace nvae::pointwise_conv

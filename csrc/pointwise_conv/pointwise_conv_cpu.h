@@ -1,0 +1,17 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace nvae::pointwise_conv {
+
+// Schemas: kernels/pointwise_conv/ops.py.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const std::optional<at::Tensor>& bn, int64_t act,
+                                                           const at::Tensor& weight, bool stats, bool means);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& y,
+                                                            const std::optional<at::Tensor>& c, const at::Tensor& x,
+                                                            const std::optional<at::Tensor>& bn, int64_t act,
+                                                            const at::Tensor& weight);
+
+}  // namespace nvae::pointwise_conv

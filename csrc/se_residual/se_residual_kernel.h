@@ -1,0 +1,121 @@
+// Squeeze-excitation with the residual sum, one image a task: two passes over x forward (pool, then scale and add), two over dy
+// backward. The normalisation before it is an affine map per channel that both passes carry along.
+#pragma once
+#include "bn_act/bn_act.h"
+#include "common/statistics.h"
+#include "se_residual/se_residual.h"
+
+namespace nvae::NVAE_ISA::se {
+
+using bn_act::kMean;
+using bn_act::kScale;
+using bn_act::kShift;
+using se_residual::Gate;
+using se_residual::Image;
+using se_residual::Shape;
+
+template <typename T>
+void pool(const Shape& s, const T* x, float* means) {
+  const float inverse = 1.0f / (float)s.pixels;
+  for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
+    constexpr int NV = decltype(vectors)::value;
+    vf sum[NV] = {};
+    for (int64_t p = 0; p < s.pixels; p++)
+      NVAE_UNROLL for (int v = 0; v < NV; v++) sum[v] += load_n(x + p * s.channels + c + v * L, n);
+    NVAE_UNROLL for (int v = 0; v < NV; v++) store_n(means + c + v * L, sum[v] * inverse, n);
+  });
+}
+
+// squeezed = relu(w1 pooled + b1), gate = sigmoid(w2 squeezed + b2); pooled comes in where the gate goes out.
+inline void excite(const Shape& s, const Gate& g, const Image& image) {
+  for (int64_t h = 0; h < s.hidden; h++) {
+    vf dot{};
+    for (int64_t c = 0; c < s.channels; c += L) {
+      const int n = (int)(s.channels - c < L ? s.channels - c : L);
+      dot += load_n(g.w1 + h * s.channels + c, n) * load_n(image.gate + c, n);
+    }
+    const float t = sum(dot) + g.b1[h];
+    image.squeezed[h] = t <= 0 ? 0 : t;  // NaN stays
+  }
+  for (int64_t c = 0; c < s.channels; c += L) {
+    const int n = (int)(s.channels - c < L ? s.channels - c : L);
+    vf t = load_n(g.b2 + c, n);
+    for (int64_t h = 0; h < s.hidden; h++) t += load_n(g.w2 + h * s.channels + c, n) * image.squeezed[h];
+    store_n(image.gate + c, sigmoid(t), n);
+  }
+}
+
+template <typename T>
+void forward(const Shape& s, const Gate& g, const T* skip, const T* x, const float* bn, const float* x_means, const Image& image, T* y,
+             float* stats, int64_t task) {
+  const int64_t offset = task * s.pixels * s.channels;
+  x += offset, skip += offset, y += offset;
+  if (s.hidden) {
+    if (x_means)
+      __builtin_memcpy(image.x_mean, x_means, sizeof(float) * s.channels);
+    else
+      pool(s, x, image.x_mean);
+    for (int64_t c = 0; c < s.channels; c++)
+      image.gate[c] = bn ? image.x_mean[c] * bn[kScale * s.channels + c] + bn[kShift * s.channels + c] : image.x_mean[c];
+    excite(s, g, image);
+  }
+  for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
+    constexpr int NV = decltype(vectors)::value;
+    vf a[NV], b[NV];
+    NVAE_UNROLL for (int v = 0; v < NV; v++) {
+      const int64_t e = c + v * L;
+      const vf gate = s.residual_scale * (s.hidden ? load_n(image.gate + e, n) : splat(1.0f));
+      a[v] = bn ? gate * load_n(bn + kScale * s.channels + e, n) : gate;
+      b[v] = bn ? gate * load_n(bn + kShift * s.channels + e, n) : vf{};
+    }
+    for (int64_t p = 0; p < s.pixels; p++)
+      NVAE_UNROLL for (int v = 0; v < NV; v++) {
+        const int64_t i = p * s.channels + c + v * L;
+        store_n(y + i, load_n(skip + i, n) + (load_n(x + i, n) * a[v] + b[v]), n);
+      }
+  });
+  constexpr int64_t kTile = 64;
+  for (int64_t p = 0; stats && p < s.pixels; p += kTile)
+    add_stats(y + p * s.channels, s.channels, s.pixels - p < kTile ? s.pixels - p : kTile, s.channels, stats, s.channels, p);
+}
+
+template <typename T>
+void sums(const Shape& s, const T* dy, const T* x, const float* bn, float* out, int64_t task) {
+  const int64_t offset = task * s.pixels * s.channels;
+  for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
+    constexpr int NV = decltype(vectors)::value;
+    vf mean[NV], s1[NV] = {}, s2[NV] = {};
+    NVAE_UNROLL for (int v = 0; v < NV; v++) mean[v] = bn ? load_n(bn + kMean * s.channels + c + v * L, n) : vf{};
+    for (int64_t p = 0; p < s.pixels; p++)
+      NVAE_UNROLL for (int v = 0; v < NV; v++) {
+        const int64_t i = offset + p * s.channels + c + v * L;
+        const vf d = load_n(dy + i, n);
+        s1[v] += d;
+        s2[v] += d * (load_n(x + i, n) - mean[v]);
+      }
+    NVAE_UNROLL for (int v = 0; v < NV; v++) {
+      store_n(out + c + v * L, s1[v], n);
+      store_n(out + s.channels + c + v * L, s2[v], n);
+    }
+  });
+}
+
+template <typename T>
+void backward(const Shape& s, const T* dy, const float* a, const float* b, T* dx, int64_t task) {
+  const int64_t offset = task * s.pixels * s.channels;
+  for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
+    constexpr int NV = decltype(vectors)::value;
+    vf ga[NV], gb[NV];
+    NVAE_UNROLL for (int v = 0; v < NV; v++) ga[v] = load_n(a + c + v * L, n), gb[v] = load_n(b + c + v * L, n);
+    for (int64_t p = 0; p < s.pixels; p++)
+      NVAE_UNROLL for (int v = 0; v < NV; v++) {
+        const int64_t i = offset + p * s.channels + c + v * L;
+        store_n(dx + i, load_n(dy + i, n) * ga[v] + gb[v], n);
+      }
+  });
+}
+
+template <typename T>
+constexpr se_residual::Kernels<T> table{&forward<T>, &sums<T>, &backward<T>};
+
+}  // namespace nvae::NVAE_ISA::se

@@ -1,0 +1,48 @@
+"""Where `impl="auto"` takes the C++ implementation of an op on the CPU: one row per op for which "wherever it can run" is not
+the answer, written down from measurements (`nvae-fast bench --suite ops`), never taken while a program runs.
+
+`python -m nvae_fast.env` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels import _impl
+
+
+class Wins(NamedTuple):
+    """Conditions, all of which must hold beside what the implementation's predicate asks, and the measurement behind them."""
+
+    why: str
+    channels_last: bool = True
+    gradient: bool = False  # something requires a gradient, or more than the op's plain self is asked for
+    fused: bool = False  # more than the op's plain self is asked for: a norm before it, statistics behind it
+
+
+CPU = {
+    "bn_act": Wins("channels-last: 1.1 to 2 times PyTorch's speed; NCHW would be copied first"),
+    "depthwise_conv": Wins(
+        "channels-last with a gradient or a norm: 2 to 3.5 times; its plain forward alone 0.5 to 1", gradient=True
+    ),
+    "inverted_residual": Wins("channels-last: 1.7 to 3.6 times"),
+    "pointwise_conv": Wins("channels-last with a norm or statistics; plain it is 0.8 to 1.3 times", fused=True),
+    "se_residual": Wins("channels-last with a gradient or a norm: 1.9 times; its plain forward alone 0.6", gradient=True),
+}
+
+
+def choose(op: str, impl: str, images: Sequence[Tensor], others: Sequence[Tensor] = (), *, fused: bool = False) -> str:
+    """`impl`, or what auto becomes where the table's row does not hold for these images (and other tensors that may need
+    gradients)."""
+    if impl != "auto" or images[0].device.type != "cpu":
+        return impl
+    rule = CPU[op]
+    wins = not rule.channels_last or all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+    if not fused:
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*images, *others))
+        wins = wins and not rule.fused and (not rule.gradient or needs_gradient)
+    return impl if wins else _impl.without("cpu")

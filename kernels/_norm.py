@@ -1,0 +1,166 @@
+"""Batch normalisation as a part of other ops: its state, its coefficients, and what moves once per training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ACTIVATIONS = ("identity", "swish", "elu")  # their positions are the codes of the native kernels
+
+
+class Norm(NamedTuple):
+    """A batch normalisation over C channels, u = weight (x - mean) / sqrt(var + eps) + bias, as fused ops take it.
+
+    weight, bias, running_mean, running_var: [C] or None; num_batches_tracked: integer scalar or None; the rest as in
+    nn.BatchNorm2d. stats: mean and biased variance [2, C] of the batch where an op has returned them for its output, so that
+    they are not taken again; they carry no gradient, being a function of x that the backward accounts for.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    training: bool = True
+    momentum: float | None = 0.05
+    eps: float = 1e-5
+    process_group: dist.ProcessGroup | None = None
+    stats: Tensor | None = None
+
+    @property
+    def uses_batch(self) -> bool:
+        """Statistics are the batch's, not the running ones."""
+        return self.training or self.running_mean is None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes to join batches with, when there is more than one."""
+        joined = self.training and self.process_group is not None and dist.get_world_size(self.process_group) > 1
+        return self.process_group if joined else None
+
+
+class NormConfig(NamedTuple):
+    """What an autograd function needs of a Norm beside its tensors."""
+
+    eps: float
+    uses_batch: bool
+    group: dist.ProcessGroup | None
+
+
+def check_beside(x: Tensor, **tensors: Tensor | None) -> None:
+    """Raises in one line where one of the named tensors is no floating-point tensor on the device of x. A tensor on "meta"
+    among others would silently make an op return its shapes alone."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor; convert it with .float()")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}: expected {x.device}, where x is; move it there with .to(x.device)")
+
+
+def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "norm") -> None:
+    """Raises ValueError or TypeError in one line where the norm's parts do not fit together, `channels`, or the device of x."""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError("running_mean and running_var: expected both or neither; pass None for both to go without")
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        t = getattr(norm, field)
+        if t is not None and t.shape != (channels,):
+            raise ValueError(f"{field} of shape {tuple(t.shape)}: expected ({channels},), the channels of {name}")
+    if norm.stats is not None and norm.stats.shape != (2, channels):
+        raise ValueError(f"stats of shape {tuple(norm.stats.shape)}: expected (2, {channels}), mean and variance of {name}")
+    check_beside(x, **{f: getattr(norm, f) for f in ("weight", "bias", "running_mean", "running_var", "stats")})
+    if not norm.eps >= 0:
+        raise ValueError(f"eps {norm.eps}: expected a number >= 0, such as 1e-5")
+    if norm.momentum is not None and not 0 <= norm.momentum <= 1:
+        raise ValueError(f"momentum {norm.momentum}: expected a number from 0 to 1, or None to average all batches")
+    if norm.training and norm.momentum is None and norm.running_mean is not None and norm.num_batches_tracked is None:
+        raise ValueError("momentum None averages over all batches: pass num_batches_tracked, or a momentum")
+
+
+def check_batch(norm: Norm, values: int, shape: Sequence[int]) -> None:
+    """Raises ValueError where batch statistics would be taken over a single value per channel."""
+    if norm.uses_batch and values == 1 and norm.group is None:
+        raise ValueError(
+            f"x of shape {tuple(shape)}: batch statistics need more than 1 value per channel; "
+            "use a larger batch or training=False"
+        )
+
+
+def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """(x, *others) as autocast would have them."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch does not know autocast on "meta"
+        return x, *others
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in (x, *others))
+
+
+def tensors(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(weight, bias, stats) in float32: the tensor arguments of an autograd function. stats [2, C] are those that stand fixed
+    (evaluation) or were taken already, None where they are to be taken."""
+    weight, bias, stats = (None if t is None else t.float() for t in (norm.weight, norm.bias, norm.stats))
+    if not norm.uses_batch:
+        stats = torch.stack((norm.running_mean.float(), norm.running_var.float()))
+    return weight, bias, stats
+
+
+def config(norm: Norm) -> NormConfig:
+    return NormConfig(norm.eps, norm.uses_batch, norm.group)
+
+
+def coefficients(
+    x: Tensor, stats: Tensor | None, weight: Tensor | None, bias: Tensor | None, c: NormConfig
+) -> tuple[Tensor, float]:
+    """(bn [5, C] = mean, var, 1/sigma, scale, shift; the number of values a gradient is averaged over) of the input x."""
+    raw = torch.ops.nvae_fast
+    count = float(x.numel() // max(x.shape[1], 1))
+    if stats is None:
+        stats = raw.bn_act_stats(x)
+    if not c.uses_batch:
+        count = float("inf")  # fixed statistics: nothing of the gradient goes through them
+    elif c.group is not None:
+        stats, count = _join(stats, count, c.group)
+    return raw.bn_act_coefficients(stats, weight, bias, c.eps), count
+
+
+def gradients(sums: Tensor, bn: Tensor, count: float, c: NormConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """(c [3, C], dweight, dbias): dx = c0 du + c1 x + c2, from sums [2, C] = sum(du), sum(du (x - mean))."""
+    coef, dweight, dbias = torch.ops.nvae_fast.bn_act_gradients(sums, bn, count)
+    if c.group is not None:  # dx wants the sums of all processes; dweight and dbias stay this one's, as in SyncBatchNorm
+        total = sums.clone()
+        dist.all_reduce(total, group=c.group)
+        coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[0]
+    return coef, dweight, dbias
+
+
+def move_running(norms: Sequence[Norm], found: Sequence[Tensor], values: Sequence[int]) -> None:
+    """Moves the running statistics of each norm, once, by found [>= 2, C] = mean, var of a batch with that many values."""
+    for norm, bn, count in zip(norms, found, values, strict=True):
+        if not norm.training or norm.running_mean is None:
+            continue
+        rate = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if rate is None:
+                rate = 1.0 / float(norm.num_batches_tracked)
+        if norm.group is not None:
+            total = torch.tensor(float(count), dtype=torch.float64, device=bn.device)
+            dist.all_reduce(total, group=norm.group)
+            count = float(total)
+        torch.ops.nvae_fast.bn_act_move(norm.running_mean, norm.running_var, bn.detach(), rate, count)
+
+
+def _join(stats: Tensor, count: float, group: dist.ProcessGroup) -> tuple[Tensor, float]:
+    """Mean and variance of the joined batches of a group, and their count; in rank order, in double (Chan et al. 1983)."""
+    mine = torch.cat((stats.double().flatten(), stats.new_tensor([count], dtype=torch.float64)))
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    gathered = torch.stack(parts)
+    counts = gathered[:, -1:]
+    mean, var = gathered[:, :-1].unflatten(1, (2, -1)).unbind(1)
+    total = counts.sum()
+    joined = (mean * counts).sum(0) / total
+    spread = ((var + (mean - joined).square()) * counts).sum(0) / total
+    return torch.stack((joined, spread)).to(stats.dtype), float(total)

@@ -1,0 +1,124 @@
+"""A convolution with a normalisation and an activation before it: what `depthwise_conv` and `pointwise_conv` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels import _norm
+from nvae_fast.kernels._autograd import first_order
+
+
+def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, stats: bool) -> tuple[Tensor, ...]:
+    """(y, its stats [2, C_out] or [0, C_out])"""
+    raw = torch.ops.nvae_fast
+    if op == "depthwise_conv":
+        return raw.depthwise_conv_fwd(x, bn, act, weight, *sizes, stats)
+    return raw.pointwise_conv_fwd(x, bn, act, weight, stats, False)[:2]
+
+
+def _backward(op: str, dy: Tensor, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple) -> tuple[Tensor, ...]:
+    raw = torch.ops.nvae_fast
+    if op == "depthwise_conv":
+        return raw.depthwise_conv_bwd(dy, None, None, x, bn, act, weight, *sizes)
+    return raw.pointwise_conv_bwd(dy, None, None, x, bn, act, weight)
+
+
+class NormConv(torch.autograd.Function):
+    """Returns (conv(act(norm(x))), its statistics [2, C_out] or [0, C_out], bn [5, C_in] or [0, C_in]) and keeps x and bn.
+
+    Without a norm (config None) it is the convolution alone. The two tables are data and carry no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        found: Tensor | None,
+        op: str,
+        config: _norm.NormConfig | None,
+        act: int,
+        sizes: tuple,
+        stats: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bn, count = None, 0.0
+        if config is not None:
+            bn, count = _norm.coefficients(x, found, gamma, beta, config)
+        y, y_stats = _forward(op, x, bn, act, weight, sizes, stats)
+        ctx.save_for_backward(x, weight, bn)
+        ctx.settings = op, config, act, sizes, count
+        bn = x.new_empty(0, x.shape[1], dtype=torch.float32) if bn is None else bn
+        ctx.mark_non_differentiable(y_stats, bn)
+        return y, y_stats, bn
+
+    @staticmethod
+    @first_order("a fused convolution")
+    def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bn = ctx.saved_tensors
+        op, config, act, sizes, count = ctx.settings
+        du, dweight, sums = _backward(op, dy, x, bn, act, weight, sizes)
+        dgamma = dbeta = None
+        if config is not None:
+            c, dgamma, dbeta = _norm.gradients(sums, bn, count, config)
+            torch.ops.nvae_fast.bn_act_affine_(du, x, c)
+        wanted = ctx.needs_input_grad
+        return (du, dweight, dgamma if wanted[2] else None, dbeta if wanted[3] else None, *(None for _ in range(6)))
+
+
+def norm_conv(
+    op: str, x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, sizes: tuple, stats: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, stats of y), with the running statistics of the norm moved."""
+    parts, config = (None, None, None), None
+    if norm is not None:
+        parts, config = _norm.tensors(norm), _norm.config(norm)
+    code = _norm.ACTIVATIONS.index(act)
+    y, y_stats, bn = NormConv.apply(x, weight, *parts, op, config, code, sizes, stats)
+    if norm is not None:
+        _norm.move_running([norm], [bn], [x.numel() // max(x.shape[1], 1) * (sizes[2] ** 2 if sizes else 1)])
+    return y, y_stats
+
+
+def check(op: str, x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, copies: int = 1) -> tuple[Tensor, ...]:
+    """The tensors as autocast would have them; raises in one line where arguments do not fit together. The normalisation sees
+    every value of x `copies` times."""
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected [N, C, H, W]")
+    for name, t in (("x", x), ("weight", weight)):
+        if not t.is_floating_point():
+            raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor; convert it with .float()")
+    if act not in _norm.ACTIVATIONS:
+        raise ValueError(f"act {act!r}: expected one of {', '.join(_norm.ACTIVATIONS)}")
+    if norm is None and act != "identity":
+        raise ValueError(f"act {act!r} without norm: pass the normalisation before it, or apply the activation yourself")
+    if norm is not None:
+        _norm.check_norm(norm, x, x.shape[1], "x")
+        _norm.check_batch(norm, x.numel() // max(x.shape[1], 1) * copies, x.shape)
+    x, weight = _norm.autocast(x, weight)
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise TypeError(
+            f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}: they must be alike; convert one with .to"
+        )
+    return x, weight
+
+
+def normalised(x: Tensor, norm: _norm.Norm | None, act: str) -> Tensor:
+    """The reference's prologue."""
+    from nvae_fast.kernels.bn_act.reference import bn_act
+
+    if norm is None:
+        return x
+    options = dict(training=norm.training, momentum=norm.momentum, eps=norm.eps, process_group=norm.process_group)
+    return bn_act(x, *norm[:5], act=act, **options)
+
+
+def batch_stats(y: Tensor) -> Tensor:
+    """Mean and biased variance [2, C] of y [B, C, H, W] in float32 (float64 for float64), without gradient."""
+    wide = y.detach().to(torch.promote_types(y.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    return torch.stack((mean, var))

@@ -1,0 +1,129 @@
+"""Schemas, shapes and autograd of `bn_act`. The native code registers itself for these schemas when it loads.
+
+`bn` [5, C] is a normalisation ready for use (mean, var, 1/sigma, scale, shift), `act` a position in `_norm.ACTIVATIONS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels import _norm
+from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._impl import native_predicate
+
+torch.library.define("nvae_fast::bn_act_stats", "(Tensor x) -> Tensor")
+torch.library.define("nvae_fast::bn_act_coefficients", "(Tensor stats, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+torch.library.define("nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "nvae_fast::bn_act_move",
+    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor bn, float rate, float count) -> ()",
+)
+torch.library.define("nvae_fast::bn_act_fwd", "(Tensor x, Tensor bn, int act) -> Tensor")
+torch.library.define("nvae_fast::bn_act_sums", "(Tensor dy, Tensor x, Tensor bn, int act) -> Tensor")
+torch.library.define("nvae_fast::bn_act_bwd", "(Tensor dy, Tensor x, Tensor bn, int act, Tensor c) -> Tensor")
+torch.library.define("nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c) -> ()")
+
+cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+
+
+def empty_image(like: Tensor, *shape: int) -> Tensor:
+    """[N, C, H, W], channels-last, as every native op returns its images."""
+    return torch.empty_like(like.new_empty(shape), memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("nvae_fast::bn_act_stats")
+def _stats_shape(x: Tensor) -> Tensor:
+    return x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("nvae_fast::bn_act_coefficients")
+def _coefficients_shape(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return stats.new_empty(5, stats.shape[1])
+
+
+@torch.library.register_fake("nvae_fast::bn_act_gradients")
+def _gradients_shape(sums: Tensor, bn: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
+    channels = sums.shape[1]
+    return sums.new_empty(3, channels), sums.new_empty(channels), sums.new_empty(channels)
+
+
+@torch.library.register_fake("nvae_fast::bn_act_move")
+def _move_shape(running_mean: Tensor, running_var: Tensor, bn: Tensor, rate: float, count: float) -> None:
+    return None
+
+
+@torch.library.register_fake("nvae_fast::bn_act_fwd")
+def _forward_shape(x: Tensor, bn: Tensor, act: int) -> Tensor:
+    return empty_image(x, *x.shape)
+
+
+@torch.library.register_fake("nvae_fast::bn_act_sums")
+def _sums_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int) -> Tensor:
+    return x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("nvae_fast::bn_act_bwd")
+def _backward_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor) -> Tensor:
+    return empty_image(x, *x.shape)
+
+
+@torch.library.register_fake("nvae_fast::bn_act_affine_")
+def _affine_shape(du: Tensor, x: Tensor, c: Tensor) -> None:
+    return None
+
+
+class BnAct(torch.autograd.Function):
+    """Returns (act(BN(x)), bn) and keeps x and bn; bn is data for whoever moves the running statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor | None,
+        config: _norm.NormConfig,
+        act: int,
+    ) -> tuple[Tensor, Tensor]:
+        bn, count = _norm.coefficients(x, stats, weight, bias, config)
+        ctx.save_for_backward(x, bn)
+        ctx.count, ctx.config, ctx.act = count, config, act
+        ctx.mark_non_differentiable(bn)
+        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act), bn
+
+    @staticmethod
+    @first_order("bn_act")
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, bn = ctx.saved_tensors
+        sums = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act)
+        c, dweight, dbias = _norm.gradients(sums, bn, ctx.count, ctx.config)
+        dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c)
+        wanted = ctx.needs_input_grad
+        return dx, dweight if wanted[1] else None, dbias if wanted[2] else None, None, None, None
+
+
+class ApplyNorm(torch.autograd.Function):
+    """y = scale (x - mean) + bias for a normalisation bn whose own dependence on x is somebody else's to differentiate.
+
+    The gradient of bn holds those of the scale (row 3) and of the bias (row 4): sum(dy (x - mean)) and sum(dy).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bn: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bn)
+        return torch.ops.nvae_fast.bn_act_fwd(x, bn, 0)
+
+    @staticmethod
+    @first_order("bn_act")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, bn = ctx.saved_tensors
+        sums = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, 0)
+        dbn = torch.zeros_like(bn)
+        dbn[3].copy_(sums[1])
+        dbn[4].copy_(sums[0])
+        scale = torch.zeros_like(bn[:3])
+        scale[0].copy_(bn[3])
+        return torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, 0, scale), dbn

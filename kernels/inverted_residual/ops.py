@@ -1,0 +1,98 @@
+"""Autograd of `inverted_residual`: a chain of the native stages of `pointwise_conv`, `depthwise_conv` and `bn_act`.
+
+    x --bn0, 1x1--> t1 --bn1, swish, depthwise--> t2 --bn2, swish, 1x1--> t3 --bn3--> y
+
+Every stage reads the tensor before its normalisation, which is applied on the way in, and takes the statistics of what it
+writes on the way out. The backward walks the same stages down: each takes the backward of the normalisation behind it on the
+way in (c0 dy + c1 y + c2) and leaves the two sums that the one before it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels import _norm
+from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels.depthwise_conv import ops as depthwise_ops
+from nvae_fast.kernels.pointwise_conv import ops as pointwise_ops
+
+_IDENTITY, _SWISH = 0, 1
+
+
+def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
+    """Predicate of impl="cpu" on (x, depthwise weight)."""
+    return depthwise_ops.cpu_can_run(tensors) or pointwise_ops.cpu_can_run(tensors)
+
+
+class InvertedResidual(torch.autograd.Function):
+    """Returns (t3, bn3, bn0, bn1, bn2). bn3's gradient rows are those of `bn_act.ops.ApplyNorm`; the last three are data.
+
+    Keeps x, t1, t2, t3, or with `low` x and t3: t1 and t2 are then computed again, from the statistics of the forward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        expand: Tensor,
+        depthwise: Tensor,
+        project: Tensor,
+        configs: Sequence[_norm.NormConfig],
+        stride: int,
+        upsample: int,
+        low: bool,
+        *parts: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        raw = torch.ops.nvae_fast
+        norms = [parts[i : i + 3] for i in (0, 3, 6, 9)]  # weight, bias, stats that stand fixed
+
+        def ready(i: int, t: Tensor, taken: Tensor | None) -> tuple[Tensor, float]:
+            weight, bias, found = norms[i]
+            return _norm.coefficients(t, found if found is not None else taken, weight, bias, configs[i])
+
+        def wanted(i: int) -> bool:
+            return norms[i][2] is None
+
+        bn0, n0 = ready(0, x, None)
+        t1, taken, _ = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, wanted(1), False)
+        bn1, n1 = ready(1, t1, taken)
+        t2, taken = raw.depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2))
+        bn2, n2 = ready(2, t2, taken)
+        t3, taken, _ = raw.pointwise_conv_fwd(t2, bn2, _SWISH, project, wanted(3), False)
+        bn3, n3 = ready(3, t3, taken)
+        kept = (None, None) if low else (t1, t2)
+        ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
+        ctx.settings = configs, stride, upsample, (n0, n1, n2, n3)
+        ctx.mark_non_differentiable(bn0, bn1, bn2)
+        return t3, bn3, bn0, bn1, bn2
+
+    @staticmethod
+    @first_order("inverted_residual")
+    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raw = torch.ops.nvae_fast
+        x, t1, t2, t3, expand, depthwise, project, bn0, bn1, bn2, bn3 = ctx.saved_tensors
+        configs, stride, upsample, counts = ctx.settings
+        if t1 is None:
+            t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
+            t2 = raw.depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
+        c, dw3, db3 = _norm.gradients(torch.stack((dbn3[4], dbn3[3])), bn3, counts[3], configs[3])
+        c[0].fill_(1.0)  # dt3 holds the scale already
+        du, dproject, sums = raw.pointwise_conv_bwd(dt3, t3, c, t2, bn2, _SWISH, project)
+        c, dw2, db2 = _norm.gradients(sums, bn2, counts[2], configs[2])
+        if stride * upsample == 1:
+            ddepthwise, sums = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1)
+        else:
+            du, ddepthwise, sums = raw.depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, stride, 1, upsample)
+        del t2
+        c, dw1, db1 = _norm.gradients(sums, bn1, counts[1], configs[1])
+        du, dexpand, sums = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand)
+        c, dw0, db0 = _norm.gradients(sums, bn0, counts[0], configs[0])
+        raw.bn_act_affine_(du, x, c)
+        parts = (dw0, db0, None, dw1, db1, None, dw2, db2, None, dw3, db3, None)
+        wanted = ctx.needs_input_grad[8:]
+        parts = tuple(p if w else None for p, w in zip(parts, wanted, strict=True))
+        return (du, dexpand, ddepthwise, dproject, None, None, None, None, *parts)

@@ -1,0 +1,43 @@
+"""Schemas and shapes of `pointwise_conv`. The native code registers itself for these schemas when it loads.
+
+The backward of a normalisation behind y enters as c [3, C_out]: g = c0 dy + c1 y + c2. The backward returns the gradient du of
+the normalised x (of x without bn), the weight's, and sums [2, C_in] = sum(du), sum(du (x - mean)) for the normalisation before
+it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels.bn_act.ops import empty_image
+
+torch.library.define(
+    "nvae_fast::pointwise_conv_fwd",
+    "(Tensor x, Tensor? bn, int act, Tensor weight, bool stats, bool means) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "nvae_fast::pointwise_conv_bwd",
+    "(Tensor dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight) -> (Tensor, Tensor, Tensor)",
+)
+
+cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+
+
+@torch.library.register_fake("nvae_fast::pointwise_conv_fwd")
+def _forward_shapes(
+    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, out = x.shape[0], weight.shape[0]
+    y = empty_image(x, n, out, *x.shape[2:])
+    found = x.new_empty(2 if stats else 0, out, dtype=torch.float32)
+    return y, found, x.new_empty(n if means else 0, out, dtype=torch.float32)
+
+
+@torch.library.register_fake("nvae_fast::pointwise_conv_bwd")
+def _backward_shapes(
+    dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
+    return empty_image(x, *x.shape), weight.new_empty(weight.shape), sums

@@ -1,0 +1,95 @@
+"""Schemas, shapes and autograd of `se_residual`. The native code registers itself for these schemas when it loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels.bn_act.ops import empty_image
+
+torch.library.define(
+    "nvae_fast::se_residual_fwd",
+    "(Tensor skip, Tensor x, Tensor? bn, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? x_means, float residual_scale,"
+    " bool stats) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "nvae_fast::se_residual_bwd",
+    "(Tensor dy, Tensor x, Tensor? bn, Tensor? w1, Tensor? w2, Tensor state, float residual_scale) -> Tensor[]",
+)
+
+cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+
+
+@torch.library.register_fake("nvae_fast::se_residual_fwd")
+def _forward_shapes(
+    skip: Tensor,
+    x: Tensor,
+    bn: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    x_means: Tensor | None,
+    residual_scale: float,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = 0 if w1 is None else 2 * x.shape[1] + w1.shape[0]
+    found = x.new_empty(2 if stats else 0, x.shape[1], dtype=torch.float32)
+    return empty_image(x, *x.shape), x.new_empty(x.shape[0], width, dtype=torch.float32), found
+
+
+@torch.library.register_fake("nvae_fast::se_residual_bwd")
+def _backward_shapes(
+    dy: Tensor,
+    x: Tensor,
+    bn: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    state: Tensor,
+    residual_scale: float,
+) -> list[Tensor]:
+    found = [empty_image(x, *x.shape)]
+    if bn is not None:
+        found.append(torch.empty_like(bn))
+    if w1 is not None and w2 is not None:
+        hidden, channels = w1.shape
+        shapes = (hidden, channels), (hidden,), (channels, hidden), (channels,)
+        found += [w1.new_empty(shape) for shape in shapes]
+    return found
+
+
+class SEResidual(torch.autograd.Function):
+    """Keeps x, bn, the gate's two weight matrices, and per image its means, its gate and the hidden units."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        skip: Tensor,
+        x: Tensor,
+        bn: Tensor | None,
+        w1: Tensor | None,
+        b1: Tensor | None,
+        w2: Tensor | None,
+        b2: Tensor | None,
+        residual_scale: float,
+        stats: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, state, found = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, w1, b1, w2, b2, None, residual_scale, stats)
+        ctx.save_for_backward(x, bn, w1, w2, state)
+        ctx.residual_scale = residual_scale
+        ctx.mark_non_differentiable(found)
+        return y, found
+
+    @staticmethod
+    @first_order("se_residual")
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, bn, w1, w2, state = ctx.saved_tensors
+        found = iter(torch.ops.nvae_fast.se_residual_bwd(dy, x, bn, w1, w2, state, ctx.residual_scale))
+        dx = next(found)
+        dbn = None if bn is None else next(found)
+        gate = tuple(found) or (None,) * 4
+        return dy if ctx.needs_input_grad[0] else None, dx, dbn, *gate, None, None

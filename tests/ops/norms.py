@@ -1,0 +1,217 @@
+"""What the tests of the ops with a batch normalisation share: inputs, outcomes, comparison with float64, a table of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvae_fast import functional as F
+from nvae_fast.kernels import _impl
+
+NATIVE = _impl.load_native()[0]
+needs_native = pytest.mark.skipif(NATIVE is None, reason="nvae_fast was installed without its native extension")
+CL = torch.channels_last
+
+Call = Callable[[Sequence[Tensor], Sequence[F.Norm], str], "Tensor | tuple[Tensor, ...]"]
+
+
+def _instruction_sets() -> list[str]:
+    if NATIVE is None:
+        return []
+    before = NATIVE.instruction_set()
+    found = [name for name in NATIVE.build_info()["instruction_sets"] if NATIVE.use_instruction_set(name)]
+    NATIVE.use_instruction_set(before)
+    return found
+
+
+SETS = _instruction_sets()
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    before = NATIVE.instruction_set()
+    assert NATIVE.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        NATIVE.use_instruction_set(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tensor(*shape: int, scale: float = 1.0, shift: float = 0.0, seed: int = 0) -> Tensor:
+    """Numbers that bfloat16 represents, so that every dtype sees the same; images channels-last."""
+    g = torch.Generator().manual_seed(seed + sum(i * n for i, n in enumerate(shape, 7)))
+    t = (torch.randn(shape, generator=g) * scale + shift).bfloat16().float()
+    return t.contiguous(memory_format=CL) if t.dim() == 4 else t
+
+
+def image(*shape: int, mean: float = 1.5, seed: int = 0) -> Tensor:
+    return tensor(*shape, shift=mean, seed=seed)
+
+
+def norm(channels: int, *, training: bool = True, seed: int = 0, **options) -> F.Norm:
+    """Parameters and buffers that are nobody's default."""
+    weight, bias, mean = (tensor(channels, scale=0.3, shift=s, seed=seed + i) for i, s in enumerate((1.0, 0.1, 0.2)))
+    var = tensor(channels, scale=0.2, seed=seed + 3).abs() + 0.5
+    return F.Norm(weight, bias, mean, var, torch.tensor(3), training=training, **options)
+
+
+def copied(n: F.Norm, dtype: torch.dtype = torch.float32) -> F.Norm:
+    """Tensors of its own, the floating-point ones in `dtype`."""
+    return n._replace(
+        **{
+            name: t.to(dtype, copy=True) if t.is_floating_point() else t.clone()
+            for name, t in zip(n._fields, n, strict=True)
+            if isinstance(t, Tensor)
+        }
+    )
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def outcome(
+    call: Call, tensors: Sequence[Tensor], norms: Sequence[F.Norm], impl: str, arrange=lambda t: t, arrange_dy=lambda t: t
+) -> dict[str, Tensor]:
+    """Outputs, gradients of tensors and of the norms' parameters, and where the running statistics went, by name."""
+    leaves = [leaf(t) for t in tensors]
+    norms = [copied(n, n.weight.dtype) for n in norms]
+    norms = [n._replace(weight=leaf(n.weight), bias=leaf(n.bias)) for n in norms]
+    parameters = [t for n in norms for t in (n.weight, n.bias)]
+    y = call([arrange(t) for t in leaves], norms, impl)
+    outputs = y if isinstance(y, tuple) else (y,)
+    dy = tensor(*outputs[0].shape, seed=5).to(outputs[0].dtype)
+    grads = torch.autograd.grad(outputs[0], leaves + parameters, arrange_dy(dy))
+    found = {f"y{i}": t.detach() for i, t in enumerate(outputs)}
+    found |= {f"d{i}": t for i, t in enumerate(grads[: len(leaves)])}
+    for i, n in enumerate(norms):
+        found |= {f"dweight{i}": grads[len(leaves) + 2 * i], f"dbias{i}": grads[len(leaves) + 2 * i + 1]}
+        if n.running_mean is not None:
+            found |= {f"mean{i}": n.running_mean, f"var{i}": n.running_var, f"count{i}": n.num_batches_tracked}
+    return found
+
+
+DRAWS = 4  # a single draw of the plain op's error says little where a result has few elements
+
+
+def check(call: Call, tensors, norms, within_budget, dtype=torch.float32, zero=()) -> None:
+    """The native outcome is within the budget, with every instruction set; errors are pooled over draws. `zero` names gradients
+    that are 0 in theory: their yardstick is the largest gradient instead of their own size. A chain of normalisations is
+    granted one unit in the last place for each: each folds scale and shift, which rounds once."""
+    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in ("exact", "plain", *SETS)}
+    for draw in range(DRAWS):
+        drawn = [shuffled(t, draw) for t in tensors]
+        wide = [t.double() for t in drawn], [copied(n, torch.float64) for n in norms]
+        found["exact"].append(outcome(call, *wide, "reference"))
+        drawn = [t.to(dtype) for t in drawn]
+        found["plain"].append(outcome(call, drawn, norms, "reference"))
+        for isa in SETS:
+            with instruction_set(isa):
+                found[isa].append(outcome(call, drawn, norms, "cpu"))
+                assert found[isa][-1]["y0"].is_contiguous(memory_format=CL)
+    pooled = {who: {name: torch.stack([d[name] for d in draws]) for name in draws[0]} for who, draws in found.items()}
+    exact, plain = pooled.pop("exact"), pooled.pop("plain")
+    largest = max(t.abs().max().item() for name, t in exact.items() if name.startswith("d") and t.numel())
+    for isa, got in pooled.items():
+        for name, truth in exact.items():
+            try:
+                if name.startswith("count"):
+                    assert torch.equal(got[name], truth), "batches counted"
+                else:
+                    own = max(len(norms), 1) * truth.abs().max().item()
+                    within_budget(got[name], plain[name], truth, dtype, largest if name in zero else own)
+            except AssertionError as problem:
+                raise AssertionError(f"{name} with {isa}: {problem}") from None
+
+
+def check_stats(stats: Tensor, y: Tensor) -> None:
+    """Mean and variance of y as it is stored, to eight units in the last place of the largest second moment."""
+    var, mean = torch.var_mean(y.detach().double(), (0, 2, 3), correction=0)
+    assert stats.dtype == torch.float32 and not stats.requires_grad
+    error, largest = (stats.double() - torch.stack((mean, var))).abs().max(), (mean.square() + var).max()
+    assert error <= 8 * torch.finfo(torch.float32).eps * largest, f"{error:.2e} of {largest:.2e}"
+
+
+def shuffled(t: Tensor, draw: int) -> Tensor:
+    """Another draw of the same numbers; the first is t itself."""
+    if draw == 0:
+        return t
+    order = torch.randperm(t.numel(), generator=torch.Generator().manual_seed(draw))
+    return torch.empty_like(t).copy_(t.flatten()[order].view(t.shape))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """To the bit, NaN included."""
+    for name, t in a.items():
+        assert t.dtype == b[name].dtype and torch.equal(t.nan_to_num(7e7), b[name].nan_to_num(7e7)), name
+
+
+def bn_act(t, n, impl, act="swish"):
+    return F.bn_act(t[0], *n[0][:5], training=n[0].training, momentum=n[0].momentum, eps=n[0].eps, act=act, impl=impl)
+
+
+def pointwise(t, n, impl, act="swish", **options):
+    return F.pointwise_conv(t[0], t[1], norm=n[0] if n else None, act=act if n else "identity", impl=impl, **options)
+
+
+def depthwise(t, n, impl, act="swish", **options):
+    return F.depthwise_conv(t[0], t[1], norm=n[0] if n else None, act=act if n else "identity", impl=impl, **options)
+
+
+def branch(t, n, impl, **options):
+    return F.inverted_residual(*t, n, impl=impl, **options)
+
+
+def se(t, n, impl, **options):
+    gate = t[2:] if len(t) > 2 else (None,) * 4
+    return F.se_residual(t[0], t[1], *gate, impl=impl, **options)
+
+
+def branch_tensors(batch, channels, hidden, out, h, w, k=3):
+    return [image(batch, channels, h, w), tensor(hidden, channels, 1, 1, scale=0.3), tensor(hidden, 1, k, k, scale=0.3),
+            tensor(out, hidden, 1, 1, scale=0.2)]  # fmt: skip
+
+
+def branch_norms(channels, hidden, out, **options):
+    return [norm(c, seed=i, **options) for i, c in enumerate((channels, hidden, hidden, out))]
+
+
+def se_tensors(batch, channels, h, w, hidden=4):
+    return [image(batch, channels, h, w), image(batch, channels, h, w, seed=1), tensor(hidden, channels, scale=0.3),
+            tensor(hidden, shift=0.5), tensor(channels, hidden, scale=0.5), tensor(channels)]  # fmt: skip
+
+
+def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
+    """One call of each public op by name, small, with channel tails: for what must hold of all of them."""
+    x, w = image(batch, 20, 7, 5), tensor(20, 1, 3, 3, scale=0.3)
+    mix = branch_tensors(batch, 6, 20, 7, 6, 5), branch_norms(6, 20, 7)
+    return {
+        "bn_act": (bn_act, [x], [norm(20)]),
+        "bn_act eval": (bn_act, [x], [norm(20, training=False)]),
+        "pointwise": (pointwise, [x, tensor(9, 20, 1, 1)], [norm(20)]),
+        "pointwise plain": (pointwise, [x, tensor(9, 20, 1, 1)], []),
+        "depthwise": (depthwise, [x, w], [norm(20)]),
+        "depthwise plain": (depthwise, [x, w], []),
+        "depthwise stride 2": (lambda t, n, i: depthwise(t, n, i, stride=2), [x, w], [norm(20)]),
+        "depthwise upsample": (lambda t, n, i: depthwise(t, n, i, upsample=2), [x, w], [norm(20)]),
+        "branch": (branch, *mix),
+        "branch low": (lambda t, n, i: branch(t, n, i, memory="low"), *mix),
+        "branch stride 2": (lambda t, n, i: branch(t, n, i, stride=2, memory="fast"), *mix),
+        "branch upsample": (lambda t, n, i: branch(t, n, i, upsample=2), *mix),
+        "se": (se, se_tensors(batch, 20, 5, 3), []),
+        "se without gate": (se, se_tensors(batch, 20, 5, 3)[:2], []),
+    }

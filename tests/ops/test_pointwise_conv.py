@@ -1,0 +1,86 @@
+"""pointwise_conv: values and gradients against float64, with and without the normalisation before it, statistics behind it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from norms import (
+    SETS,
+    check,
+    check_stats,
+    copied,
+    image,
+    instruction_set,
+    needs_native,
+    norm,
+    outcome,
+    pointwise,
+    same,
+    tensor,
+)
+
+from nvae_fast import functional as F
+
+# N, C_in, C_out, H, W
+SHAPES = [(2, 32, 192, 8, 8), (1, 1, 7, 5, 3), (1, 30, 90, 9, 1), (2, 7, 5, 5, 2), (1, 600, 33, 3, 3), (3, 17, 100, 6, 5),
+          (2, 90, 1, 7, 2), (4, 33, 30, 1, 1), (2, 16, 48, 33, 20)]  # fmt: skip
+
+
+def tensors(n, c_in, c_out, h, w):
+    return [image(n, c_in, h, w), tensor(c_out, c_in, 1, 1, scale=c_in**-0.5)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", [None, "identity", "swish", "elu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(within_budget, shape, act, dtype):
+    norms = [norm(shape[1])] if act else []
+    check(lambda t, n, impl: pointwise(t, n, impl, act), tensors(*shape), norms, within_budget, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_with_running_statistics(within_budget, shape, dtype):
+    check(pointwise, tensors(*shape), [norm(shape[1], training=False)], within_budget, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_of_the_output(shape, mean, dtype):
+    x, w = tensors(*shape)
+    n = norm(shape[1])
+    for isa in SETS:
+        with instruction_set(isa):
+            args = (x + mean).to(dtype), w.to(dtype)
+            y, stats = F.pointwise_conv(*args, norm=copied(n), act="swish", return_stats=True, impl="cpu")
+            assert torch.equal(y, F.pointwise_conv(*args, norm=copied(n), act="swish", impl="cpu"))
+            check_stats(stats, y)
+
+
+@needs_native
+def test_means_over_the_pixels_of_each_image():
+    x, w = image(3, 7, 13, 11), tensor(33, 7, 1, 1)
+    y, stats, means = torch.ops.nvae_fast.pointwise_conv_fwd(x, None, 0, w, True, True)
+    torch.testing.assert_close(means, y.mean((2, 3)), rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats, torch.ops.nvae_fast.pointwise_conv_fwd(x, None, 0, w, True, False)[1])
+
+
+@needs_native
+def test_auto_takes_the_native_code_for_channels_last_images_only():
+    args, n = tensors(2, 9, 7, 4, 3), [norm(9)]
+    same(outcome(pointwise, args, n, "auto"), outcome(pointwise, args, n, "cpu"))
+    nchw = [t.contiguous() for t in args]
+    same(outcome(pointwise, nchw, n, "auto"), outcome(pointwise, nchw, n, "reference"))
+
+
+def test_the_reference_is_nn_conv2d_behind_nn_batch_norm():
+    conv, bn = torch.nn.Conv2d(6, 9, 1, bias=False), torch.nn.BatchNorm2d(6)
+    x = torch.randn(2, 6, 4, 3)
+    n = F.Norm(bn.weight, bn.bias, bn.running_mean.clone(), bn.running_var.clone(), momentum=0.1)
+    y = F.pointwise_conv(x, conv.weight, norm=n, act="swish", impl="reference")
+    torch.testing.assert_close(y, conv(torch.nn.functional.silu(bn(x))), rtol=0, atol=0)
+    assert torch.equal(n.running_mean, bn.running_mean) and torch.equal(n.running_var, bn.running_var)

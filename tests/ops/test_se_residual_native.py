@@ -1,0 +1,141 @@
+"""se_residual's native code: values and gradients against float64, a normalisation on the way in, statistics on the way out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from norms import check, check_stats, image, needs_native, norm, outcome, same, se, se_tensors, tensor
+
+from nvae_fast import functional as F
+
+pytestmark = needs_native
+# N, C, H, W, hidden
+SHAPES = [
+    (2, 37, 5, 6, 4),
+    (1, 1, 5, 1, 1),
+    (3, 7, 1, 1, 4),
+    (2, 30, 3, 2, 5),
+    (2, 33, 4, 4, 7),
+    (1, 90, 9, 5, 17),
+    (2, 600, 3, 3, 37),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(within_budget, shape, gate, dtype):
+    tensors = se_tensors(*shape)
+    check(lambda t, n, i: se(t, n, i, residual_scale=0.3), tensors if gate else tensors[:2], [], within_budget, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[2] * s[3] > 1], ids=str)
+def test_statistics_of_the_output(shape, gate, dtype):
+    tensors = se_tensors(*shape)
+    args = [t.to(dtype) for t in tensors[:2]] + (tensors[2:] if gate else [None] * 4)
+    y, stats = F.se_residual(*args, return_stats=True, impl="cpu")
+    assert torch.equal(y, F.se_residual(*args, impl="cpu"))
+    check_stats(stats, y)
+
+
+def test_statistics_feed_the_normalisation_behind_it():
+    """return_stats and Norm(stats=...): the same numbers as taking them again, in every op that takes a norm."""
+    skip, x, *gate = se_tensors(2, 20, 6, 5)
+    y, stats = F.se_residual(skip, x, *gate, return_stats=True, impl="cpu")
+    n, w1, wd = norm(20), tensor(9, 20, 1, 1), tensor(20, 1, 3, 3)
+    calls = {
+        "bn_act": lambda t, n, i: F.bn_act(t[0], *n[0][:5], training=True, stats=n[0].stats, impl=i),
+        "pointwise": lambda t, n, i: F.pointwise_conv(t[0], w1, norm=n[0], act="swish", impl=i),
+        "depthwise": lambda t, n, i: F.depthwise_conv(t[0], wd, norm=n[0], act="swish", impl=i),
+    }
+    for name, call in calls.items():
+        taken, given = (outcome(call, [y], [m], "cpu") for m in (n, n._replace(stats=stats)))
+        for key, t in taken.items():
+            torch.testing.assert_close(given[key], t, rtol=1e-5, atol=1e-6, msg=lambda m, k=key, n=name: f"{n} {k}: {m}")
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_normalisation_on_the_way_in(within_budget, dtype, gate):
+    """bn is an affine map per channel of which rows 3 (scale) and 4 (shift) take the gradients of scale and bias."""
+    tensors = se_tensors(2, 33, 4, 5)
+    mean, scale, bias = tensor(33, shift=1.0), tensor(33, shift=1.0, seed=1), tensor(33, seed=2)
+    x = tensors[1]
+
+    def call(t, n, impl):
+        x, scale, bias = t[:3]
+        m = mean.to(scale.dtype)
+        gates = t[4:] if gate else (None,) * 4
+        if impl == "reference":
+            v = ((x.to(scale.dtype) - m[:, None, None]) * scale[:, None, None] + bias[:, None, None]).to(x.dtype)
+            return F.se_residual(t[3], v, *gates, impl=impl)
+        bn = Affine.apply(m, scale, bias)
+        return F.se_residual(t[3], x, *gates, bn=bn, impl=impl)
+
+    wide = torch.float32  # the table is float32 with any storage; `check` converts what it is given
+    images = [x, tensors[0]]
+    args = [images[0], scale, bias, images[1], *(tensors[2:] if gate else [])]
+
+    def stored(t, n, impl):
+        narrow = [s.to(dtype) if i in (0, 3) and s.dtype == wide else s for i, s in enumerate(t)]
+        return call(narrow, n, impl)
+
+    if dtype == torch.float32:
+        check(stored, args, [], within_budget)
+        return
+    got, plain, exact = (outcome(stored, [a.to(d) for a in args], [], i) for d, i in
+                         ((wide, "cpu"), (wide, "reference"), (torch.float64, "reference")))  # fmt: skip
+    for name, truth in exact.items():
+        error, other = ((t[name].double() - truth).abs().max() for t in (got, plain))
+        assert error <= 2 * (other + torch.finfo(dtype).eps * truth.abs().max()), name
+
+
+class Affine(torch.autograd.Function):
+    """The table [5, C] of a normalisation, and the gradients of its rows 3 and 4 as those of scale and bias."""
+
+    @staticmethod
+    def forward(ctx, mean, scale, bias):
+        zero = torch.zeros_like(mean)
+        return torch.stack((mean, zero, zero, scale, bias - mean * scale))
+
+    @staticmethod
+    def backward(ctx, dbn):
+        return None, dbn[3], dbn[4]
+
+
+def test_mixed_dtypes_take_the_wider_one():
+    skip, x, *gate = se_tensors(2, 9, 4, 3)
+    y = F.se_residual(skip, x.bfloat16(), *gate, impl="cpu")
+    assert y.dtype == torch.float32 and torch.equal(y, F.se_residual(skip, x, *gate, impl="cpu"))
+    leaves = [skip.clone().requires_grad_(), x.bfloat16().requires_grad_()]
+    F.se_residual(*leaves, *gate, impl="cpu").sum().backward()
+    assert [t.grad.dtype for t in leaves] == [torch.float32, torch.bfloat16]
+
+
+def test_nan_stays_in_its_image():
+    for impl in ("cpu", "reference"):
+        args = se_tensors(3, 9, 4, 3)
+        args[1][1, 4, 2, 1] = torch.nan
+        y = F.se_residual(*args, impl=impl)
+        assert y[1].isnan().all() and y[0].isfinite().all() and y[2].isfinite().all()
+        args[2:] = [None] * 4
+        y = F.se_residual(*args, impl=impl)
+        assert y[1, 4, 2, 1].isnan() and y.isnan().sum() == 1
+
+
+def test_an_expanded_skip_and_its_gradient():
+    x = image(2, 9, 4, 3)
+    zero = torch.zeros((), requires_grad=True)
+    y = F.se_residual(zero.expand_as(x), x, *(None,) * 4, residual_scale=1.0, impl="cpu")
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert zero.grad == x.numel()
+
+
+def test_auto_takes_the_native_code_for_channels_last_images_only():
+    args = se_tensors(2, 9, 4, 3)
+    same(outcome(se, args, [], "auto"), outcome(se, args, [], "cpu"))
+    args[0] = args[0].contiguous()
+    same(outcome(se, args, [], "auto"), outcome(se, args, [], "reference"))
