@@ -35,6 +35,7 @@ demo: install
 	$(BIN)/nvae-fast evaluate $(RUN) --num-iw-samples 10
 	$(BIN)/nvae-fast sample $(RUN) --out $(RUN)/samples.png
 	$(BIN)/nvae-fast reconstruct $(RUN) --out $(RUN)/reconstructions.png
+	$(BIN)/nvae-fast bench --suite step --preset demo --rounds 7 --no-compile
 
 test: lint
 	@set -e; export OMP_NUM_THREADS=1; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done

@@ -1,0 +1,57 @@
+"""Bars of a run: a row of panels for each case, forward on the left, forward and backward on the right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nvae_fast.benchmarks.suite import PHASES
+from nvae_fast.checkpoint.files import atomic_write
+from nvae_fast.errors import InputError
+
+TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
+OURS, REFERENCE, RIVAL = "#1f6fb4", "#8fb8dc", "#b0b0b0"
+
+
+def require_matplotlib() -> None:
+    """Raises InputError where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'nvae_fast[plot]', or leave --plot out") from None
+
+
+def save_plot(document: dict[str, Any], path: str | Path) -> None:
+    """A PNG of every row: solid to the best round, pale from there to the median, which is written beside the bar."""
+    from matplotlib.figure import Figure
+
+    rows = document["rows"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    bars = [max(sum(r["case"] == case and r["phase"] == phase for r in rows) for phase in PHASES) for case in cases]
+    figure = Figure(figsize=(11, 0.9 + sum(0.24 * n + 0.62 for n in bars)), layout="constrained")
+    axes = figure.subplots(len(cases), len(PHASES), squeeze=False, height_ratios=bars)
+    for line, case in zip(axes, cases, strict=True):
+        for panel, phase in zip(line, PHASES, strict=True):
+            _draw(panel, [r for r in rows if r["case"] == case and r["phase"] == phase], labels=phase == PHASES[0])
+        line[0].set_title(case, loc="left", fontsize=9, fontweight="bold")
+    for panel, phase in zip(axes[0], PHASES, strict=True):
+        panel.set_title(TITLES[phase], loc="right", fontsize=9)
+    threads = f"{document['threads']} thread{'s' if document['threads'] > 1 else ''}"
+    figure.suptitle(f"ms: best round (solid) to median; {document['cpu']}, {threads}, torch {document['torch']}", fontsize=9)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def _draw(panel: Any, rows: list[dict[str, Any]], *, labels: bool) -> None:
+    names = [row["impl"] for row in rows]
+    colours = [REFERENCE if n == "ours:reference" else OURS if n.startswith("ours:") else RIVAL for n in names]
+    medians, best = ([row[key] for row in rows] for key in ("median_ms", "min_ms"))
+    panel.barh(range(len(rows)), medians, height=0.72, color=colours, alpha=0.4)
+    panel.barh(range(len(rows)), best, height=0.72, color=colours)
+    for i, row in enumerate(rows):
+        wrong = "" if row["check"]["ok"] else " (numbers not ok)"
+        panel.text(row["median_ms"], i, f" {row['median_ms']:.3g}{wrong}", va="center", fontsize=8)
+    panel.set_yticks(range(len(rows)), names if labels else [""] * len(rows), fontsize=8)
+    panel.set_xlim(0, 1.42 * max(medians))
+    panel.invert_yaxis()
+    panel.tick_params(axis="x", labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,154 @@
+"""A whole training step of a preset, ours beside the same model in plain PyTorch: forward, loss with both regularisers,
+backward, Adamax. Checked against the same step in float64 before it is timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_fast.benchmarks.memory import PeakMemory
+from nvae_fast.benchmarks.timing import interleaved
+from nvae_fast.kernels._impl import use_impl
+from nvae_fast.layers.norm import bn_regularizer
+from nvae_fast.model import NVAE
+from nvae_fast.optim import make_optimizer
+from nvae_fast.presets import PRESETS
+from nvae_fast.regularization import SpectralState
+
+KL_COEFF, SPECTRAL_COEFF = 0.5, 1e-2  # in the middle of a run
+SECONDS = 60.0
+FORMATS = {"ours:auto": torch.channels_last, "eager_channels_last": torch.channels_last, "eager": torch.contiguous_format}
+"""What competes. The eager ones run every op's reference, which is torch's own operations, and torch's multi-tensor Adamax."""
+
+
+class Step:
+    """One contender: a model, optimiser and spectral state of its own, on a batch with the latents' noise given."""
+
+    def __init__(self, model: NVAE, spectral: SpectralState, x: Tensor, noise: list[Tensor], impl: str) -> None:
+        self.model, self.spectral, self.x, self.noise, self.impl = model, spectral, x, noise, impl
+        training = model.config.training
+        if impl == "auto":
+            self.optimizer: torch.optim.Optimizer = make_optimizer(model)
+        else:
+            self.optimizer = torch.optim.Adamax(model.parameters(), lr=training.learning_rate, eps=training.adamax_eps,
+                                                weight_decay=training.weight_decay, foreach=True)  # fmt: skip
+
+    def backward(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with use_impl(self.impl):
+            total = self.loss()
+            total.backward()
+        return total.detach()
+
+    def loss(self) -> Tensor:
+        terms = self.model.loss(
+            self.x, kl_coeff=KL_COEFF, spectral_coeff=SPECTRAL_COEFF, noise=self.noise, spectral=self.spectral
+        )
+        return terms["total"]
+
+    def __call__(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+    def numbers(self) -> tuple[float, Tensor]:
+        """(loss, all gradients in a row), in float64, without an update."""
+        loss = self.backward()
+        return loss.double().item(), torch.cat([p.grad.double().flatten() for p in self.model.parameters()])
+
+
+def contenders(preset: str, device: torch.device) -> dict[str, Step]:
+    """Every contender by name, and "exact" in float64, all from the same weights, singular vectors, batch and noise."""
+    config = PRESETS[preset]
+    batch = config.training.batch_size
+    torch.manual_seed(0)
+    model = NVAE(config).to(device).train()
+    spectral = SpectralState()
+    with use_impl("reference"), torch.no_grad():
+        spectral(model.convolutions())
+    x = torch.rand(batch, config.channels, *config.image_size, device=device)
+    if config.output_likelihood == "bernoulli":
+        x = (x > 0.5).float()
+    noise = [torch.randn(batch, *shape, device=device) for shape in config.latent_shapes]
+
+    def warm(dtype: torch.dtype) -> SpectralState:
+        state = SpectralState()
+        state.load_state_dict({key: t.to(dtype) for key, t in spectral.state_dict().items()})
+        return state
+
+    steps = {}
+    for name, layout in FORMATS.items():
+        own = copy.deepcopy(model).to(memory_format=layout)
+        impl = "auto" if name == "ours:auto" else "reference"
+        steps[name] = Step(own, warm(torch.float32), x.contiguous(memory_format=layout), noise, impl)
+    doubles = x.double(), [t.double() for t in noise]
+    steps["exact"] = Step(copy.deepcopy(model).double(), warm(torch.float64), *doubles, "reference")
+    return steps
+
+
+def check(got: tuple[float, Tensor], plain: tuple[float, Tensor], truth: tuple[float, Tensor]) -> dict[str, Any]:
+    """Loss and gradient vector: relative errors within 2 (that of the plain step + eps), the vector's in the 2-norm."""
+
+    def errors(found: tuple[float, Tensor]) -> list[float]:
+        return [abs(found[0] - truth[0]) / abs(truth[0]), float((found[1] - truth[1]).norm() / truth[1].norm())]
+
+    eps = torch.finfo(torch.float32).eps
+    pairs = [(error, 2 * (limit + eps)) for error, limit in zip(errors(got), errors(plain), strict=True)]
+    error, budget = max(pairs, key=lambda pair: pair[0] / pair[1])
+    return {"ok": all(e <= b for e, b in pairs), "error": error, "budget": budget}
+
+
+def compiled(plain: Step, say: Callable[[str], None]) -> Step | None:
+    """The same step with the model's forward and loss, and their backward, under torch.compile; None where that fails. The
+    regularisers of the weights stay outside: with them Inductor of torch 2.13 stops with an error of its own."""
+    step = Step(copy.deepcopy(plain.model), copy.deepcopy(plain.spectral), plain.x, plain.noise, plain.impl)
+    model, inner = step.model, torch.compile(step.model.loss)
+
+    def loss() -> Tensor:
+        total = inner(step.x, kl_coeff=KL_COEFF, noise=step.noise)["total"]
+        return total + SPECTRAL_COEFF * (step.spectral(model.convolutions()) + bn_regularizer(model.batch_norms()))
+
+    step.loss = loss  # type: ignore[method-assign]
+    try:
+        step.backward()
+    except Exception as error:  # of Dynamo, Inductor or the compiler it calls
+        say(f"  no row for compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return None
+    step.spectral.load_state_dict(plain.spectral.state_dict())
+    return step
+
+
+def measure_step(
+    preset: str, *, rounds: int, device: torch.device, compile_too: bool = True, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """The rows of one preset's step, ours first."""
+    steps = contenders(preset, device)
+    rival = compiled(steps["eager_channels_last"], say) if compile_too else None
+    if rival is not None:
+        steps["compile"] = rival
+    truth = steps.pop("exact").numbers()
+    numbers = {name: step.numbers() for name, step in steps.items()}
+    plain = max((numbers[name] for name in steps if name.startswith("eager")), key=lambda n: float((n[1] - truth[1]).norm()))
+    checks = {name: check(found, plain, truth) for name, found in numbers.items()}
+    peaks = {}
+    for name, step in steps.items():
+        step()  # the optimiser's state is there from now on
+        step.optimizer.zero_grad(set_to_none=True)
+        with PeakMemory() as memory:
+            step()
+        peaks[name] = None if name == "compile" else memory.peak_bytes
+    times = interleaved(dict(steps), rounds=rounds, budget_s=SECONDS)
+    config = PRESETS[preset]
+    shape = [config.training.batch_size, config.channels, *config.image_size]
+    return [
+        {
+            "suite": "step", "case": preset, "op": "train_step", "shape": shape, "dtype": "float32",
+            "layout": "contiguous" if name == "eager" else "channels_last", "impl": name, "phase": "step",
+            **times[name]._asdict(), "images_per_s": shape[0] / times[name].median_ms * 1e3, "peak_bytes": peaks[name],
+            "bytes": None, "copy_share": None, "launches": None, "check": checks[name],
+        }
+        for name in steps
+    ]  # fmt: skip

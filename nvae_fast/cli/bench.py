@@ -1,0 +1,91 @@
+"""Measure the fused ops, or whole cells, against plain PyTorch, eager and compiled, in the same run.
+
+Every implementation is checked against float64 first; a ratio is printed only where the numbers are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from nvae_fast.checkpoint.files import atomic_write, writing
+from nvae_fast.cli.flags import OnOff, add_device_flag, device_of
+from nvae_fast.errors import InputError, unknown
+from nvae_fast.presets import PRESETS
+
+NAME = "bench"
+FEWEST_ROUNDS = 3  # for quartiles
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", default="ops", help="ops, cell (a decoder cell and its branch) or step (a training step) [ops]"
+    )
+    parser.add_argument("--preset", default="demo", help="of the suite step [demo]")
+    parser.add_argument("--case", help="only cases whose names contain this, as depthwise or 16x384")
+    parser.add_argument("--rounds", type=int, default=20, help="times that each implementation runs, in turn [20]")
+    parser.add_argument("--threads", type=int, help="CPU threads [torch's choice]")
+    parser.add_argument("--compile", action=OnOff, default=True, help="torch.compile as a rival: slow to start [on]")
+    parser.add_argument("--json", metavar="FILE", help="write all rows")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw all rows as bars (needs matplotlib)")
+    add_device_flag(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from nvae_fast.benchmarks import report
+    from nvae_fast.benchmarks.cases import select
+    from nvae_fast.benchmarks.plot import require_matplotlib, save_plot
+    from nvae_fast.benchmarks.suite import measure
+
+    cases = [] if args.suite == "step" else select(args.suite, args.case)
+    if args.preset not in PRESETS:
+        raise unknown("preset", args.preset, PRESETS)
+    device = device_of(args)
+    if args.rounds < FEWEST_ROUNDS:
+        raise InputError(f"--rounds={args.rounds} must be at least {FEWEST_ROUNDS}")
+    if args.threads is not None:
+        set_threads(args.threads)
+    if args.plot:
+        require_matplotlib()
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(Path(path))
+
+    rate = report.copy_rate(device)
+    about = report.facts(device)
+    print(f"{about['device']} ({about['cpu']}), {about['threads']} threads, torch {about['torch']}, copy {rate / 1e9:.1f} GB/s")
+    print(report.LEGEND)
+    rows = []
+    if args.suite == "step":
+        from nvae_fast.benchmarks.steps import measure_step
+
+        rows = measure_step(args.preset, rounds=args.rounds, device=device, compile_too=args.compile)
+        print(*report.table(rows), sep="\n", flush=True)
+    for case in cases:
+        new = measure(case, rounds=args.rounds, device=device, copy_rate=rate, compiled=args.compile)
+        print(*report.table(new), sep="\n", flush=True)
+        rows += new
+    document = report.document(rows, device)
+    if args.json:
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        atomic_write(args.json, lambda file: file.write(text.encode()))
+    if args.plot:
+        save_plot(document, args.plot)
+
+
+def set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise InputError(f"--threads={threads} must be at least 1")
+    torch.set_num_threads(threads)
+
+
+def check_writable(path: Path) -> None:
+    """InputError now rather than after the measurements."""
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
