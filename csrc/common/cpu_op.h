@@ -27,7 +27,7 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, int64_t work, const F&
     const std::unique_ptr<float, decltype(&std::free)> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
     for (int64_t i = begin; i < end; i++) f(i, scratch.get());
   };
-  constexpr int64_t kSerial = 1 << 15;  // multiply-adds that cost less than waking a thread
+  constexpr int64_t kSerial = 1 << 19;  // multiply-adds that cost less than waking a thread
   if (work < kSerial)
     run(0, tasks);
   else
