@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -19,19 +20,21 @@ namespace nvae {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// f(task, scratch) for every task, spread over the threads; scratch is 64-byte aligned. Little work stays on this thread.
+// f(task, scratch) for every task, by whichever thread is free: another program may hold one up. scratch is 64-byte aligned. Little
+// work stays on this thread.
 template <typename F>
 void for_each_task(int64_t tasks, int64_t scratch_floats, int64_t work, const F& f) {
-  const auto run = [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  const auto run = [&](int64_t, int64_t) {
     const size_t bytes = (scratch_floats * sizeof(float) + 127) / 64 * 64;
     const std::unique_ptr<float, decltype(&std::free)> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
-    for (int64_t i = begin; i < end; i++) f(i, scratch.get());
+    for (int64_t i = next++; i < tasks; i = next++) f(i, scratch.get());
   };
   constexpr int64_t kSerial = 1 << 19;  // multiply-adds that cost less than waking a thread
   if (work < kSerial)
     run(0, tasks);
   else
-    at::parallel_for(0, tasks, 1, run);
+    at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, run);
 }
 
 inline void check_storage(const char* op, const char* name, const Tensor& t) {
