@@ -14,7 +14,7 @@ from nvae_fast.kernels.bn_act import ops, reference
 
 ACTIVATIONS = _norm.ACTIVATIONS
 
-_impl.register("bn_act", cpu=ops.cpu_can_run)
+_impl.register("bn_act", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 
 
 def bn_act(

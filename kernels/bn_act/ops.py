@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _norm
+from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 
@@ -27,6 +27,12 @@ torch.library.define("nvae_fast::bn_act_bwd", "(Tensor dy, Tensor x, Tensor bn, 
 torch.library.define("nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c) -> ()")
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+triton_can_run = _triton.can_run
+_triton.register(
+    "bn_act",
+    *("bn_act_stats", "bn_act_coefficients", "bn_act_gradients", "bn_act_move"),
+    *("bn_act_fwd", "bn_act_sums", "bn_act_bwd", "bn_act_affine_"),
+)
 
 
 def empty_image(like: Tensor, *shape: int) -> Tensor:

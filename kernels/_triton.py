@@ -1,0 +1,107 @@
+"""What the Triton implementations share on the host's side. Triton is imported by an op's own triton.py alone, on its first call.
+
+Kernels see images as rows: x [M, C], M = B H W pixels, dense (channels-last).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_run(tensors: Sequence[Tensor]) -> str | None:
+    """Predicate of impl="triton": tensors on one CUDA device, of a storage type that the kernels know."""
+    for t in tensors:
+        if t.device.type != "cuda":
+            return f"it takes cuda tensors, not {t.device.type}"
+        if t.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 or float16, not {str(t.dtype).removeprefix('torch.')}"
+    return _missing() or (_too_old(tensors[0].device.index or 0) if tensors else None)
+
+
+
+@functools.cache
+def _missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+# Constants of the process, which torch.compile must not look into (see _impl.py).
+for _function in (_missing, _too_old):
+    vars(_function)["_dynamo_marked_constant"] = True
+
+
+def register(op: str, *names: str) -> None:
+    """Gives each schema nvae_fast::name the launcher `name` of kernels/<op>/triton.py on CUDA, imported by its first call."""
+    for name in names:
+        torch.library.impl(f"nvae_fast::{name}", "cuda")(_launcher(op, name))
+
+
+def _launcher(op: str, name: str) -> Callable[..., Any]:
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"nvae_fast.kernels.{op}.triton"), name)
+
+    def launch(x: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
+            return load()(x, *args)
+
+    return launch
+
+
+def autotune(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
+    """`triton.autotune` for kernels whose configurations give the same bits (none that sums). The interpreter, which cannot time,
+    takes the first configuration."""
+    import triton
+
+    return triton.autotune(configs=list(configs[:1] if triton.knobs.runtime.interpret else configs), key=list(key))
+
+
+def image(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
+    """t [B, C, H, W] dense and channels-last; raises where it is not of the shape and dtype of `like`."""
+    if t.dim() != 4 or (like is not None and (t.shape != like.shape or t.dtype != like.dtype)):
+        wanted = "[B, C, H, W]" if like is None else f"{tuple(like.shape)} and {like.dtype}"
+        raise RuntimeError(f"{name} has shape {tuple(t.shape)} and type {t.dtype}; expected {wanted}")
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def floats(name: str, t: Tensor | None, *shape: int) -> Tensor | None:
+    """A float32 table of that shape, dense, or None."""
+    if t is None:
+        return None
+    if t.shape != shape or t.dtype != torch.float32:
+        raise RuntimeError(f"{name} has shape {tuple(t.shape)} and type {t.dtype}; expected float32 {shape}")
+    return t.contiguous()
+
+
+def wide(t: Tensor) -> bool:
+    """Whether offsets into t need 64 bits. Those into the last, partial tile may pass the end by less than 2^20."""
+    return t.numel() >= 2**31 - 2**20
+
+
+def power_of_2(n: int, most: int) -> int:
+    """The smallest power of 2 that holds n, `most` (itself one) at most."""
+    return min(1 << max(n - 1, 0).bit_length(), most)
+
+
+def tasks(rows: int, least: int, wanted: int) -> tuple[int, int]:
+    """(tasks, rows of a task) for an ordered reduction: `wanted` tasks at most, a multiple of `least` rows each. A function of the
+    sizes alone, so that the order of a sum does not depend on the GPU."""
+    tiles = -(-rows // least)
+    chunk = -(-tiles // max(wanted, 1)) * least
+    return -(-rows // chunk), chunk

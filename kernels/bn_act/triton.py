@@ -1,0 +1,352 @@
+"""bn_act on a GPU: kernels, then launchers. x is rows of pixels [M, C]; a program has a tile [BLOCK_M, BLOCK_C] in registers.
+
+Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64, in the order of the tasks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvae_fast.kernels import _triton
+from nvae_fast.kernels.bn_act.ops import empty_image
+
+SWISH, ELU = tl.constexpr(1), tl.constexpr(2)  # positions in _norm.ACTIVATIONS
+MEAN, VAR, RSTD, SCALE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows of bn [5, C]
+
+
+@triton.jit
+def rows_of(index, SIZE, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
+    """The first BLOCK_M rows of the block `index` of SIZE rows."""
+    if WIDE:
+        index = index.to(tl.int64)
+    return index * SIZE + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def load_rows(ptr, m, c, M, C):
+    """[BLOCK_M, BLOCK_C] as float32, 0 outside."""
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    return tl.load(ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, m, c, M, C, value):
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    tl.store(ptr + m[:, None] * C + c[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_row(ptr, row, c, C):
+    return tl.load(ptr + row * C + c, mask=c < C, other=0.0)
+
+
+@triton.jit
+def store_row(ptr, row, c, C, value):
+    tl.store(ptr + row * C + c, value.to(ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def activate(u, ACT: tl.constexpr):
+    if ACT == SWISH:
+        u = u * tl.sigmoid(u)
+    if ACT == ELU:
+        u = tl.where(u > 0, u, tl.exp(u) - 1.0)
+    return u
+
+
+@triton.jit
+def differentiate(dy, u, ACT: tl.constexpr):
+    """dy act'(u)"""
+    if ACT == SWISH:
+        s = tl.sigmoid(u)
+        dy = dy * (s + u * s * (1.0 - s))
+    if ACT == ELU:
+        dy = dy * tl.where(u > 0, 1.0, tl.exp(u))
+    return dy
+
+
+@triton.jit
+def bn_act_stats_kernel(x_ptr, parts_ptr, M, C, CHUNK, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """parts [tasks, 2, C]: mean of a task's rows and the sum of squares about it, from sums about the mean of its first tile."""
+    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = rows_of(task, CHUNK, BLOCK_M, WIDE)
+    rows = tl.minimum(M - task.to(m.dtype) * CHUNK, CHUNK).to(tl.float32)
+    pivot = tl.sum(load_rows(x_ptr, m, c, M, C), 0) / tl.minimum(rows, BLOCK_M)
+    s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for _ in range(0, CHUNK, BLOCK_M):
+        d = tl.where((m < M)[:, None], load_rows(x_ptr, m, c, M, C) - pivot[None, :], 0.0)
+        s1 += d
+        s2 += d * d
+        m += BLOCK_M
+    total = tl.sum(s1, 0)
+    store_row(parts_ptr + task * 2 * C, 0, c, C, pivot + total / rows)
+    store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0) - total * total / rows)
+
+
+@triton.jit
+def bn_act_join_stats_kernel(parts_ptr, stats_ptr, M, C, CHUNK, TASKS, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """stats [2, C], mean and biased variance, from parts [tasks, 2, C] (Chan et al. 1983)."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
+    for t0 in range(0, TASKS, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
+        total += load_rows(parts_ptr, 2 * t, c, 2 * TASKS, C) * rows[:, None]
+    mean = tl.sum(total, 0) / M
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
+    for t0 in range(0, TASKS, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
+        d = load_rows(parts_ptr, 2 * t, c, 2 * TASKS, C) - mean[None, :]
+        spread = load_rows(parts_ptr, 2 * t + 1, c, 2 * TASKS, C) + d * d * rows[:, None]
+        total += tl.where((t < TASKS)[:, None], spread, 0.0)
+    var = tl.sum(total, 0) / M
+    store_row(stats_ptr, 0, c, C, mean)
+    store_row(stats_ptr, 1, c, C, tl.where(var < 0, 0.0, var))  # NaN stays
+
+
+@triton.jit
+def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, bn_ptr, eps, C, BLOCK_C: tl.constexpr):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, var = load_row(stats_ptr, 0, c, C), load_row(stats_ptr, 1, c, C)
+    rstd = 1.0 / tl.sqrt(var.to(tl.float64) + eps)
+    scale = rstd
+    if weight_ptr is not None:
+        scale = rstd * load_row(weight_ptr, 0, c, C)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += load_row(bias_ptr, 0, c, C)
+    store_row(bn_ptr, MEAN, c, C, mean)
+    store_row(bn_ptr, VAR, c, C, var)
+    store_row(bn_ptr, RSTD, c, C, rstd)
+    store_row(bn_ptr, SCALE, c, C, scale)
+    store_row(bn_ptr, SHIFT, c, C, shift)
+
+
+@triton.jit
+def bn_act_gradients_kernel(sums_ptr, bn_ptr, c_ptr, dweight_ptr, dbias_ptr, share, C, BLOCK_C: tl.constexpr):
+    """share = 1 / count. 0 (fixed statistics) gives zeros, also where a sum is NaN, which then stays in its element."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total, mean, scale = load_row(sums_ptr, 0, c, C), load_row(bn_ptr, MEAN, c, C), load_row(bn_ptr, SCALE, c, C)
+    rstd = load_row(bn_ptr, RSTD, c, C).to(tl.float64)
+    moment = load_row(sums_ptr, 1, c, C) * rstd
+    c1 = tl.where(share > 0, -scale * rstd * moment * share, 0.0)
+    c2 = tl.where(share > 0, -scale.to(tl.float64) * total * share - c1 * mean, 0.0)
+    store_row(c_ptr, 0, c, C, scale)
+    store_row(c_ptr, 1, c, C, c1)
+    store_row(c_ptr, 2, c, C, c2)
+    store_row(dweight_ptr, 0, c, C, moment)
+    store_row(dbias_ptr, 0, c, C, total)
+
+
+@triton.jit
+def bn_act_move_kernel(running_ptr, bn_ptr, ROW: tl.constexpr, keep, rate, stride, C, BLOCK_C: tl.constexpr):
+    """running <- keep running + rate found, one row of bn, in float64"""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    old = tl.load(running_ptr + c * stride, mask=c < C, other=0.0).to(tl.float64)
+    new = old * keep + load_row(bn_ptr, ROW, c, C).to(tl.float64) * rate
+    tl.store(running_ptr + c * stride, new.to(running_ptr.dtype.element_ty), mask=c < C)
+
+
+# Of BLOCK values a tile; what BLOCK_C is follows from C, so that few channels still make full tiles.
+TILES = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((2048, 4), (1024, 4), (4096, 8))]
+
+
+@_triton.autotune(TILES, key=["C"])
+@triton.jit
+def bn_act_fwd_kernel(
+    x_ptr, bn_ptr, y_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
+):
+    BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
+    m = rows_of(tl.program_id(0), BLOCK_M, BLOCK_M, WIDE)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
+    u = load_rows(x_ptr, m, c, M, C) * scale[None, :] + shift[None, :]
+    store_rows(y_ptr, m, c, M, C, activate(u, ACT))
+
+
+@triton.jit
+def bn_act_sums_kernel(
+    dy_ptr,
+    x_ptr,
+    bn_ptr,
+    parts_ptr,
+    M,
+    C,
+    CHUNK,
+    ACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is 0."""
+    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = rows_of(task, CHUNK, BLOCK_M, WIDE)
+    mean = load_row(bn_ptr, MEAN, c, C)[None, :]
+    scale, shift = load_row(bn_ptr, SCALE, c, C)[None, :], load_row(bn_ptr, SHIFT, c, C)[None, :]
+    s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for _ in range(0, CHUNK, BLOCK_M):
+        x = load_rows(x_ptr, m, c, M, C)
+        du = differentiate(load_rows(dy_ptr, m, c, M, C), x * scale + shift, ACT)
+        du = tl.where((m < M)[:, None], du, 0.0)  # act' of a large shift may be infinite
+        s1 += du
+        s2 += du * (x - mean)
+        m += BLOCK_M
+    store_row(parts_ptr + task * 2 * C, 0, c, C, tl.sum(s1, 0))
+    store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0))
+
+
+@triton.jit
+def bn_act_join_sums_kernel(parts_ptr, sums_ptr, TASKS, WIDTH, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """sums [WIDTH] of parts [tasks, WIDTH]"""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
+    for t0 in range(0, TASKS, BLOCK_T):
+        total += load_rows(parts_ptr, t0 + tl.arange(0, BLOCK_T), c, TASKS, WIDTH)
+    store_row(sums_ptr, 0, c, WIDTH, tl.sum(total, 0))
+
+
+@_triton.autotune(TILES, key=["C"])
+@triton.jit
+def bn_act_bwd_kernel(
+    dy_ptr, x_ptr, bn_ptr, c_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
+):
+    BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
+    m = rows_of(tl.program_id(0), BLOCK_M, BLOCK_M, WIDE)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x = load_rows(x_ptr, m, c, M, C)
+    scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
+    du = differentiate(load_rows(dy_ptr, m, c, M, C), x * scale[None, :] + shift[None, :], ACT)
+    c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
+    store_rows(dx_ptr, m, c, M, C, du * c0[None, :] + x * c1[None, :] + c2[None, :])
+
+
+@triton.jit
+def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, M, C, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """In place, which is why it is not tuned: a tuner would run it more than once."""
+    m = rows_of(tl.program_id(0), BLOCK_M, BLOCK_M, WIDE)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
+    du = load_rows(du_ptr, m, c, M, C) * c0[None, :] + load_rows(x_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
+    store_rows(du_ptr, m, c, M, C, du)
+
+
+def join_sums(parts: Tensor) -> Tensor:
+    """The sum of parts [tasks, 2, C] over its tasks."""
+    sums = torch.empty_like(parts[0])
+    width = sums.numel()
+    bn_act_join_sums_kernel[(triton.cdiv(width, 32),)](parts, sums, len(parts), width, BLOCK_T=32, BLOCK_C=32)
+    return sums
+
+
+def bn_act_stats(x: Tensor) -> Tensor:
+    x = _triton.image("x", x)
+    rows, channels, grid, chunk, sizes = _reduction(x)
+    if not x.numel():
+        return x.new_zeros(2, channels, dtype=torch.float32)
+    parts, stats = (x.new_empty(*shape, 2, channels, dtype=torch.float32) for shape in (grid[:1], ()))
+    bn_act_stats_kernel[grid](x, parts, rows, channels, chunk, WIDE=_triton.wide(x), **sizes)
+    bn_act_join_stats_kernel[(triton.cdiv(channels, 32),)](
+        parts, stats, rows, channels, chunk, grid[0], BLOCK_T=32, BLOCK_C=32
+    )
+    return stats
+
+
+def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    channels = stats.shape[1]
+    stats, bn = _triton.floats("statistics", stats, 2, channels), stats.new_empty(5, channels)
+    weight, bias = _triton.floats("weight", weight, channels), _triton.floats("bias", bias, channels)
+    if channels:
+        bn_act_coefficients_kernel[(triton.cdiv(channels, 128),)](stats, weight, bias, bn, eps, channels, BLOCK_C=128)
+    return bn
+
+
+def bn_act_gradients(sums: Tensor, bn: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
+    channels = sums.shape[1]
+    sums, bn = _triton.floats("sums", sums, 2, channels), _triton.floats("coefficients", bn, 5, channels)
+    c, dweight, dbias = sums.new_empty(3, channels), sums.new_empty(channels), sums.new_empty(channels)
+    if channels:
+        grid = (triton.cdiv(channels, 128),)
+        share = 1.0 / count if count else 0.0
+        bn_act_gradients_kernel[grid](sums, bn, c, dweight, dbias, share, channels, BLOCK_C=128)
+    return c, dweight, dbias
+
+
+def bn_act_move(running_mean: Tensor, running_var: Tensor, bn: Tensor, rate: float, count: float) -> None:
+    channels = running_mean.numel()
+    bn = _triton.floats("coefficients", bn, 5, channels)
+    for row, (running, factor) in enumerate(((running_mean, 1.0), (running_var, count / max(count - 1.0, 1.0)))):
+        if running.shape != (channels,):
+            raise RuntimeError(f"running statistics have shape {tuple(running.shape)}; expected {(channels,)}")
+        if channels:
+            bn_act_move_kernel[(triton.cdiv(channels, 128),)](
+                running, bn, row, 1.0 - rate, rate * factor, running.stride(0), channels, BLOCK_C=128
+            )
+
+
+def bn_act_fwd(x: Tensor, bn: Tensor, act: int) -> Tensor:
+    x = _triton.image("x", x)
+    bn, y = _triton.floats("coefficients", bn, 5, x.shape[1]), empty_image(x, *x.shape)
+    if x.numel():
+        rows, channels, grid, block_c = _elementwise(x)
+        bn_act_fwd_kernel[grid](x, bn, y, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
+    return y
+
+
+def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int) -> Tensor:
+    x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
+    rows, channels, grid, chunk, sizes = _reduction(x)
+    bn = _triton.floats("coefficients", bn, 5, channels)
+    if not x.numel():
+        return bn.new_zeros(2, channels)
+    parts = bn.new_empty(grid[0], 2, channels)
+    bn_act_sums_kernel[grid](dy, x, bn, parts, rows, channels, chunk, ACT=act, WIDE=_triton.wide(x), **sizes)
+    return join_sums(parts)
+
+
+def bn_act_bwd(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor) -> Tensor:
+    x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
+    bn, c = _triton.floats("coefficients", bn, 5, x.shape[1]), _triton.floats("c", c, 3, x.shape[1])
+    dx = empty_image(x, *x.shape)
+    if x.numel():
+        rows, channels, grid, block_c = _elementwise(x)
+        bn_act_bwd_kernel[grid](dy, x, bn, c, dx, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
+    return dx
+
+
+def bn_act_affine_(du: Tensor, x: Tensor, c: Tensor) -> None:
+    x, dense = _triton.image("x", x), _triton.image("du", du, x)
+    c = _triton.floats("c", c, 3, x.shape[1])
+    if x.numel():
+        rows, channels, grid, block_c = _elementwise(x)
+        tile = {"BLOCK": 2048, "BLOCK_C": block_c}
+        bn_act_affine_kernel[grid(tile)](
+            dense, x, c, rows, channels, WIDE=_triton.wide(x), BLOCK_M=2048 // block_c, BLOCK_C=block_c
+        )
+    if dense is not du:
+        du.copy_(dense)
+
+
+def _elementwise(x: Tensor):
+    """(M, C, grid of tiles, BLOCK_C)"""
+    channels = x.shape[1]
+    rows, block_c = x.numel() // channels, _triton.power_of_2(channels, 64)
+
+    def grid(tile):
+        return triton.cdiv(rows, tile["BLOCK"] // block_c), triton.cdiv(channels, block_c)
+
+    return rows, channels, grid, block_c
+
+
+def _reduction(x: Tensor):
+    """(M, C, grid of tasks, CHUNK, sizes of a tile): about 1,000 programs, where there are that many tiles."""
+    channels = x.shape[1]
+    rows, block_c = x.numel() // max(channels, 1), _triton.power_of_2(channels, 64)
+    across = triton.cdiv(max(channels, 1), block_c)
+    count, chunk = _triton.tasks(rows, 2048 // block_c, 1024 // across) if rows else (0, 0)
+    return rows, channels, (count, across), chunk, {"BLOCK_M": 2048 // block_c, "BLOCK_C": block_c}
