@@ -1,4 +1,4 @@
-"""What the Triton implementations share on the host's side. Triton is imported by an op's own triton.py alone, on its first call.
+"""What the Triton implementations share on the host's side. Only an op's own triton.py imports Triton, on its first call.
 
 Kernels see images as rows: x [M, C], M = B H W pixels, dense (channels-last).
 """
@@ -25,7 +25,6 @@ def can_run(tensors: Sequence[Tensor]) -> str | None:
         if t.dtype not in DTYPES:
             return f"it takes float32, bfloat16 or float16, not {str(t.dtype).removeprefix('torch.')}"
     return _missing() or (_too_old(tensors[0].device.index or 0) if tensors else None)
-
 
 
 @functools.cache
@@ -65,8 +64,8 @@ def _launcher(op: str, name: str) -> Callable[..., Any]:
 
 
 def autotune(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
-    """`triton.autotune` for kernels whose configurations give the same bits (none that sums). The interpreter, which cannot time,
-    takes the first configuration."""
+    """`triton.autotune` for kernels whose configurations give the same bits (none that sums). The interpreter, which cannot
+    time, takes the first configuration."""
     import triton
 
     return triton.autotune(configs=list(configs[:1] if triton.knobs.runtime.interpret else configs), key=list(key))
@@ -100,8 +99,8 @@ def power_of_2(n: int, most: int) -> int:
 
 
 def tasks(rows: int, least: int, wanted: int) -> tuple[int, int]:
-    """(tasks, rows of a task) for an ordered reduction: `wanted` tasks at most, a multiple of `least` rows each. A function of the
-    sizes alone, so that the order of a sum does not depend on the GPU."""
+    """(tasks, rows of a task) for an ordered reduction: `wanted` tasks at most, a multiple of `least` rows each. A function of
+    the sizes alone, so that the order of a sum does not depend on the GPU."""
     tiles = -(-rows // least)
     chunk = -(-tiles // max(wanted, 1)) * least
     return -(-rows // chunk), chunk

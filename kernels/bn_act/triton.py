@@ -18,11 +18,11 @@ MEAN, VAR, RSTD, SCALE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows 
 
 
 @triton.jit
-def rows_of(index, SIZE, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
-    """The first BLOCK_M rows of the block `index` of SIZE rows."""
+def offset_of(index, WIDE: tl.constexpr):
+    """An index from which offsets are computed: in 64 bits where a tensor needs them."""
     if WIDE:
         index = index.to(tl.int64)
-    return index * SIZE + tl.arange(0, BLOCK_M)
+    return index
 
 
 @triton.jit
@@ -70,10 +70,10 @@ def differentiate(dy, u, ACT: tl.constexpr):
 
 @triton.jit
 def bn_act_stats_kernel(x_ptr, parts_ptr, M, C, CHUNK, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """parts [tasks, 2, C]: mean of a task's rows and the sum of squares about it, from sums about the mean of its first tile."""
+    """parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about the mean of its first tile."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = rows_of(task, CHUNK, BLOCK_M, WIDE)
-    rows = tl.minimum(M - task.to(m.dtype) * CHUNK, CHUNK).to(tl.float32)
+    m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(M - offset_of(task, WIDE) * CHUNK, CHUNK).to(tl.float32)
     pivot = tl.sum(load_rows(x_ptr, m, c, M, C), 0) / tl.minimum(rows, BLOCK_M)
     s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -162,7 +162,7 @@ def bn_act_fwd_kernel(
     x_ptr, bn_ptr, y_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
 ):
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
-    m = rows_of(tl.program_id(0), BLOCK_M, BLOCK_M, WIDE)
+    m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
     u = load_rows(x_ptr, m, c, M, C) * scale[None, :] + shift[None, :]
@@ -185,7 +185,7 @@ def bn_act_sums_kernel(
 ):
     """parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is 0."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = rows_of(task, CHUNK, BLOCK_M, WIDE)
+    m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
     mean = load_row(bn_ptr, MEAN, c, C)[None, :]
     scale, shift = load_row(bn_ptr, SCALE, c, C)[None, :], load_row(bn_ptr, SHIFT, c, C)[None, :]
     s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -214,10 +214,20 @@ def bn_act_join_sums_kernel(parts_ptr, sums_ptr, TASKS, WIDTH, BLOCK_T: tl.const
 @_triton.autotune(TILES, key=["C"])
 @triton.jit
 def bn_act_bwd_kernel(
-    dy_ptr, x_ptr, bn_ptr, c_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
+    dy_ptr,
+    x_ptr,
+    bn_ptr,
+    c_ptr,
+    dx_ptr,
+    M,
+    C,
+    ACT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
-    m = rows_of(tl.program_id(0), BLOCK_M, BLOCK_M, WIDE)
+    m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x = load_rows(x_ptr, m, c, M, C)
     scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
@@ -229,7 +239,7 @@ def bn_act_bwd_kernel(
 @triton.jit
 def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, M, C, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """In place, which is why it is not tuned: a tuner would run it more than once."""
-    m = rows_of(tl.program_id(0), BLOCK_M, BLOCK_M, WIDE)
+    m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
     du = load_rows(du_ptr, m, c, M, C) * c0[None, :] + load_rows(x_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
@@ -237,7 +247,7 @@ def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, M, C, WIDE: tl.constexpr, BLOCK_M
 
 
 def join_sums(parts: Tensor) -> Tensor:
-    """The sum of parts [tasks, 2, C] over its tasks."""
+    """The sum of parts [tasks, ...] over its tasks, which are one or more."""
     sums = torch.empty_like(parts[0])
     width = sums.numel()
     bn_act_join_sums_kernel[(triton.cdiv(width, 32),)](parts, sums, len(parts), width, BLOCK_T=32, BLOCK_C=32)
@@ -251,9 +261,7 @@ def bn_act_stats(x: Tensor) -> Tensor:
         return x.new_zeros(2, channels, dtype=torch.float32)
     parts, stats = (x.new_empty(*shape, 2, channels, dtype=torch.float32) for shape in (grid[:1], ()))
     bn_act_stats_kernel[grid](x, parts, rows, channels, chunk, WIDE=_triton.wide(x), **sizes)
-    bn_act_join_stats_kernel[(triton.cdiv(channels, 32),)](
-        parts, stats, rows, channels, chunk, grid[0], BLOCK_T=32, BLOCK_C=32
-    )
+    bn_act_join_stats_kernel[(triton.cdiv(channels, 32),)](parts, stats, rows, channels, chunk, grid[0], BLOCK_T=32, BLOCK_C=32)
     return stats
 
 

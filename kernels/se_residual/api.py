@@ -14,7 +14,7 @@ from nvae_fast.kernels._norm_conv import batch_stats
 from nvae_fast.kernels.bn_act.ops import ApplyNorm
 from nvae_fast.kernels.se_residual import ops, reference
 
-_impl.register("se_residual", cpu=ops.cpu_can_run)
+_impl.register("se_residual", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 
 
 def se_residual(
@@ -69,7 +69,7 @@ def se_residual(
             f"bn of shape {tuple(bn.shape)} and {bn.dtype}: expected float32 (5, {x.shape[1]}), as inverted_residual returns it"
         )
     if skip.dtype != x.dtype and impl == "auto":
-        impl = _impl.without("cpu")
+        impl = _impl.without("triton" if x.is_cuda else "cpu")
     impl = _auto.choose("se_residual", impl, [skip, x], [] if absent else [w1], fused=bn is not None)
     if _impl.resolve_impl("se_residual", impl, skip, x) == "reference":
         x = x if bn is None else ApplyNorm.apply(x, bn)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 from nvae_fast.kernels.bn_act.ops import empty_image
@@ -22,6 +23,8 @@ torch.library.define(
 )
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+triton_can_run = _triton.can_run
+_triton.register("se_residual", "se_residual_fwd", "se_residual_bwd")
 
 
 @torch.library.register_fake("nvae_fast::se_residual_fwd")
