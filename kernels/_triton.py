@@ -63,12 +63,13 @@ def _launcher(op: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-def autotune(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
-    """`triton.autotune` for kernels whose configurations give the same bits (none that sums). The interpreter, which cannot
-    time, takes the first configuration."""
+def autotuned(*key: str) -> Callable[[Any], Any]:
+    """Decorates an elementwise kernel: the number of values in a tile, BLOCK, is timed for each `key` of arguments. Not for
+    kernels that sum, where it would decide the bits. The interpreter, which cannot time, takes the first."""
     import triton
 
-    return triton.autotune(configs=list(configs[:1] if triton.knobs.runtime.interpret else configs), key=list(key))
+    tiles = ((2048, 4),) if triton.knobs.runtime.interpret else ((2048, 4), (1024, 4), (4096, 8))
+    return triton.autotune([triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in tiles], key=list(key))
 
 
 def image(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:

@@ -11,41 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
+from nvae_fast.kernels._tile import MEAN, RSTD, SCALE, SHIFT, VAR, load_row, load_rows, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act.ops import empty_image
 
 SWISH, ELU = tl.constexpr(1), tl.constexpr(2)  # positions in _norm.ACTIVATIONS
-MEAN, VAR, RSTD, SCALE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows of bn [5, C]
-
-
-@triton.jit
-def offset_of(index, WIDE: tl.constexpr):
-    """An index from which offsets are computed: in 64 bits where a tensor needs them."""
-    if WIDE:
-        index = index.to(tl.int64)
-    return index
-
-
-@triton.jit
-def load_rows(ptr, m, c, M, C):
-    """[BLOCK_M, BLOCK_C] as float32, 0 outside."""
-    inside = (m < M)[:, None] & (c < C)[None, :]
-    return tl.load(ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(ptr, m, c, M, C, value):
-    inside = (m < M)[:, None] & (c < C)[None, :]
-    tl.store(ptr + m[:, None] * C + c[None, :], value.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def load_row(ptr, row, c, C):
-    return tl.load(ptr + row * C + c, mask=c < C, other=0.0)
-
-
-@triton.jit
-def store_row(ptr, row, c, C, value):
-    tl.store(ptr + row * C + c, value.to(ptr.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -152,11 +121,7 @@ def bn_act_move_kernel(running_ptr, bn_ptr, ROW: tl.constexpr, keep, rate, strid
     tl.store(running_ptr + c * stride, new.to(running_ptr.dtype.element_ty), mask=c < C)
 
 
-# Of BLOCK values a tile; what BLOCK_C is follows from C, so that few channels still make full tiles.
-TILES = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((2048, 4), (1024, 4), (4096, 8))]
-
-
-@_triton.autotune(TILES, key=["C"])
+@_triton.autotuned("C")
 @triton.jit
 def bn_act_fwd_kernel(
     x_ptr, bn_ptr, y_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
@@ -211,7 +176,7 @@ def bn_act_join_sums_kernel(parts_ptr, sums_ptr, TASKS, WIDTH, BLOCK_T: tl.const
     store_row(sums_ptr, 0, c, WIDTH, tl.sum(total, 0))
 
 
-@_triton.autotune(TILES, key=["C"])
+@_triton.autotuned("C")
 @triton.jit
 def bn_act_bwd_kernel(
     dy_ptr,

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
+from nvae_fast.kernels._tile import MEAN, SCALE, SHIFT, load_pitched, load_row, load_rows, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import empty_image
-from nvae_fast.kernels.bn_act.triton import MEAN, SCALE, SHIFT, load_row, load_rows, offset_of, store_row, store_rows
 
 
 @triton.jit
@@ -27,28 +27,12 @@ def add_parts(parts_ptr, image, TASKS, KINDS: tl.constexpr, KIND: tl.constexpr, 
 
 
 @triton.jit
-def load_pitched(ptr, m, c, M, C, PITCH):
-    """[BLOCK_M, BLOCK_C] of rows that are PITCH values apart, 0 outside."""
-    return tl.load(ptr + m[:, None] * PITCH + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-
-
-@triton.jit
 def se_residual_sums_kernel(
-    dy_ptr,
-    x_ptr,
-    bn_ptr,
-    parts_ptr,
-    P,
-    C,
-    CHUNK,
-    TASKS,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    dy_ptr, x_ptr, bn_ptr, parts_ptr, P, C, CHUNK, TASKS, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """parts [N, tasks, 2, C]: sum(dy), sum(dy (x - mean)) over CHUNK pixels, mean 0 without bn. Without x: sum(dy) [N, tasks, C]."""
+    """parts [N, tasks, 2, C]: sum(dy), sum(dy (x - mean)) over CHUNK pixels, mean 0 without bn; or sum(dy) [N, tasks, C]"""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = (task % TASKS) * CHUNK + tl.arange(0, BLOCK_M)
+    m = offset_of(task % TASKS, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
     first = offset_of(task // TASKS, WIDE) * P * C
     mean = tl.zeros([BLOCK_C], tl.float32)
     if bn_ptr is not None:
@@ -119,7 +103,7 @@ def se_residual_fwd_kernel(
         store_row(ab_ptr, 2 * image + 1, c, C, b)
 
 
-@_triton.autotune(bn_act.TILES, key=["C", "P"])
+@_triton.autotuned("C", "P")
 @triton.jit
 def se_residual_apply_kernel(
     skip_ptr, x_ptr, ab_ptr, y_ptr, P, C, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
@@ -128,7 +112,7 @@ def se_residual_apply_kernel(
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
     tiles = tl.cdiv(P, BLOCK_M)
     image, c = tl.program_id(0) // tiles, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = offset_of(tl.program_id(0) % tiles, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = offset_of(image, WIDE) * P * C
     a, b = load_row(ab_ptr, 2 * image, c, C), load_row(ab_ptr, 2 * image + 1, c, C)
     y = load_rows(x_ptr + first, m, c, P, C) * a[None, :] + b[None, :]
@@ -157,7 +141,7 @@ def se_residual_bwd_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """The gate's backward of an image, from sum(dy) and sum(dy (x - mean)): gradients before the sigmoid [N, C] and the relu
-    [N, H], shares of those of scale and bias [N, 2, C], and the table of dx. Without w1 the gate is 1, without bn scale is 1."""
+    [N, H], shares of those of scale and bias [N, 2, C], and the table of dx. Without w1 the gate is 1, without bn the scale."""
     image = tl.program_id(0)
     state = state_ptr + image * (2 * C + H)
     h = tl.arange(0, BLOCK_H)

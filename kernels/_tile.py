@@ -1,0 +1,44 @@
+"""What the Triton kernels share on the GPU's side: tiles [BLOCK_M, BLOCK_C] of rows [M, C], and rows of tables [., C]."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MEAN, VAR, RSTD, SCALE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows of bn [5, C]
+
+
+@triton.jit
+def offset_of(index, WIDE: tl.constexpr):
+    """An index from which offsets are computed: in 64 bits where a tensor needs them."""
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def load_pitched(ptr, m, c, M, C, PITCH):
+    """[BLOCK_M, BLOCK_C] of rows that are PITCH values apart, 0 outside."""
+    return tl.load(ptr + m[:, None] * PITCH + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(ptr, m, c, M, C):
+    """[BLOCK_M, BLOCK_C] as float32, 0 outside."""
+    return load_pitched(ptr, m, c, M, C, C).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, m, c, M, C, value):
+    inside = (m < M)[:, None] & (c < C)[None, :]
+    tl.store(ptr + m[:, None] * C + c[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_row(ptr, row, c, C):
+    return tl.load(ptr + row * C + c, mask=c < C, other=0.0)
+
+
+@triton.jit
+def store_row(ptr, row, c, C, value):
+    tl.store(ptr + row * C + c, value.to(ptr.dtype.element_ty), mask=c < C)

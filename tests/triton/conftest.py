@@ -1,0 +1,67 @@
+"""Triton's kernels on CPU tensors, in its interpreter: the public ops run with the launchers behind their schemas."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no conftest does
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from norms import Call, copied, outcome, shuffled
+from torch import Tensor
+
+from nvae_fast import functional as F
+from nvae_fast.kernels import _impl
+
+DRAWS = 2  # a single draw of the plain op's error says little where a result has few elements
+
+OPS = {
+    "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_")],
+    "se_residual": ["se_residual_fwd", "se_residual_bwd"],
+}
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch) -> None:
+    """impl="triton" runs on CPU tensors, which nothing but the interpreter can do."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install 'triton>=3.6'")
+    for op, names in OPS.items():
+        launchers = importlib.import_module(f"nvae_fast.kernels.{op}.triton")
+        monkeypatch.setitem(_impl._ops, op, {"triton": lambda tensors: None})
+        for name in names:
+            monkeypatch.setattr(torch.ops.nvae_fast, name, getattr(launchers, name))
+
+
+@pytest.fixture
+def check(triton_on_cpu, within_budget) -> Callable[..., None]:
+    """check(call, tensors, norms, dtype, images): impl="triton" is within the budget, outputs and all gradients. The first
+    `images` tensors are stored in `dtype`."""
+
+    def check(call: Call, tensors: Sequence[Tensor], norms: Sequence[F.Norm], dtype: torch.dtype, images: int) -> None:
+        found: dict[str, list[dict[str, Tensor]]] = {"exact": [], "plain": [], "got": []}
+        for draw in range(DRAWS):
+            drawn = [shuffled(t, draw) for t in tensors]
+            wide = [t.double() for t in drawn], [copied(n, torch.float64) for n in norms]
+            found["exact"].append(outcome(call, *wide, "reference"))
+            stored = [t.to(dtype) if i < images else t for i, t in enumerate(drawn)]
+            found["plain"].append(outcome(call, stored, norms, "reference"))
+            found["got"].append(outcome(call, stored, norms, "triton"))
+        pooled = {who: {name: torch.stack([d[name] for d in draws]) for name in draws[0]} for who, draws in found.items()}
+        largest = max(t.abs().max().item() for name, t in pooled["exact"].items() if name.startswith("d"))
+        for name, truth in pooled["exact"].items():
+            try:
+                if name.startswith("count"):
+                    assert torch.equal(pooled["got"][name], truth)
+                else:
+                    zero = truth.abs().max() < 1e-9 * largest  # 0 but for rounding
+                    within_budget(pooled["got"][name], pooled["plain"][name], truth, dtype, largest if zero else None)
+            except AssertionError as problem:
+                raise AssertionError(f"{name}: {problem}") from None
+
+    return check

@@ -1,0 +1,67 @@
+"""When impl="triton" can run, why not otherwise, and that nothing imports triton before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nvae_fast import functional as F
+from nvae_fast.kernels import _impl, _triton
+
+
+def on_cuda(dtype: torch.dtype) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+
+
+@pytest.fixture
+def modern_gpu(monkeypatch):
+    monkeypatch.setattr(_triton, "_missing", lambda: None)
+    monkeypatch.setattr(_triton, "_too_old", lambda index: None)
+
+
+@pytest.mark.parametrize("dtype", _triton.DTYPES)
+@pytest.mark.parametrize("op", ["bn_act", "se_residual"])
+def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype):
+    x = on_cuda(dtype)
+    assert _impl.resolve_impl(op, "auto", x, x) == "triton" == _impl.resolve_impl(op, "triton", x)
+    assert _impl.resolve_impl(op, "auto", torch.ones(1, dtype=dtype)) != "triton"
+    with pytest.raises(RuntimeError, match=f"{op}: impl='triton' cannot run: it takes cuda tensors, not cpu; impl='auto' .*"):
+        _impl.resolve_impl(op, "triton", torch.ones(1, dtype=dtype))
+
+
+def test_other_types_and_machines_are_refused_with_the_reason(modern_gpu, monkeypatch):
+    reason = "it takes float32, bfloat16 or float16, not float64"
+    assert _impl.explain("bn_act", on_cuda(torch.float64))["triton"] == reason
+    monkeypatch.setattr(_triton, "_too_old", lambda index: "it needs compute capability 8.0, this GPU has 7.0")
+    assert _impl.resolve_impl("bn_act", "auto", on_cuda(torch.float32)) == "reference"
+    monkeypatch.setattr(_triton, "_missing", lambda: "triton is not installed")
+    with pytest.raises(RuntimeError, match="bn_act: impl='triton' cannot run: triton is not installed"):
+        _impl.resolve_impl("bn_act", "triton", on_cuda(torch.float32))
+
+
+def test_every_schema_has_a_launcher_for_cuda():
+    for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::bn_act_{name}", "CUDA")
+    for name in ("fwd", "bwd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::se_residual_{name}", "CUDA")
+    assert F.bn_act.__module__ == "nvae_fast.kernels.bn_act.api"
+
+
+def test_a_call_on_the_cpu_does_not_import_triton():
+    code = (
+        "import sys, torch; from nvae_fast import env, functional as F; env.environment();"
+        "F.bn_act(torch.ones(2, 3, 4, 4), None, None, None, None, training=True);"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sums_are_cut_by_the_sizes_alone():
+    for rows in (1, 5, 31, 32, 33, 300, 262144, 2**33):
+        count, chunk = _triton.tasks(rows, 32, 341)
+        assert count <= 341 and chunk % 32 == 0 and (count - 1) * chunk < rows <= count * chunk
+    assert [_triton.power_of_2(n, 64) for n in (0, 1, 7, 33, 64, 192)] == [1, 1, 8, 64, 64, 64]

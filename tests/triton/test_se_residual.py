@@ -1,0 +1,106 @@
+"""se_residual's Triton kernels: values and gradients against float64, a normalisation on the way in, the C++ op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from norms import CL, check_stats, image, needs_native, outcome, same, se, se_tensors, tensor
+
+from nvae_fast import functional as F
+from nvae_fast.kernels import _triton
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+# N, C, H, W, hidden: single pixels and channels, tails of pixels, channels and hidden units, several tiles of an image
+SHAPES = [(1, 1, 5, 1, 1), (3, 7, 1, 1, 4), (2, 33, 5, 1, 5), (1, 192, 1, 5, 12)]
+CASES = [(shape, True, dtype) for shape in SHAPES for dtype in (FLOAT, HALF)]
+CASES += [(SHAPES[2], False, FLOAT), (SHAPES[2], False, HALF), (SHAPES[2], True, BFLOAT)]
+CASES += [((1, 33, 20, 15, 4), True, FLOAT), ((2, 7, 20, 15, 4), True, HALF), ((1, 192, 5, 9, 12), True, FLOAT)]
+
+
+@pytest.mark.parametrize(("shape", "gate", "dtype"), CASES, ids=str)
+def test_values_and_gradients(check, shape, gate, dtype):
+    tensors = se_tensors(*shape)
+    check(lambda t, n, i: se(t, n, i, residual_scale=0.3), tensors if gate else tensors[:2], [], dtype, 2)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("shape", [(2, 33, 4, 5, 7), (2, 7, 20, 15, 4)], ids=str)
+def test_a_normalisation_on_the_way_in(within_budget, shape, gate):
+    """bn is an affine map per channel, of which rows 3 (scale) and 4 (shift) take the gradients of scale and bias."""
+    channels, (skip, x, *gates) = shape[1], se_tensors(*shape)
+    mean, scale, bias = tensor(channels, shift=1.0), tensor(channels, shift=1.0, seed=1), tensor(channels, seed=2)
+    dy = tensor(*skip.shape, seed=5)
+
+    def plain(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, scale, bias, *(gates if gate else []))]
+        a, b = leaves[1][:, None, None], leaves[2][:, None, None]
+        v = (leaves[0] - mean.to(dtype)[:, None, None]) * a + b
+        y = F.se_residual(skip.to(dtype), v, *(leaves[3:] or [None] * 4), residual_scale=0.3, impl="reference")
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    bn = torch.stack((mean, mean, mean, scale, bias - mean * scale))
+    w1, b1, w2, b2 = gates if gate else (None,) * 4
+    y, state, stats = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, w1, b1, w2, b2, None, 0.3, True)
+    dx, dbn, *dgates = torch.ops.nvae_fast.se_residual_bwd(dy, x, bn, w1, w2, state, 0.3)
+    check_stats(stats, y)
+    assert not dbn[:3].any()
+    for got, ours, truth in zip([y, dx, dbn[3], dbn[4], *dgates], plain(torch.float32), plain(torch.float64), strict=True):
+        within_budget(got, ours, truth)
+
+
+@needs_native
+@pytest.mark.parametrize("means", [True, False])
+def test_both_schemas_as_in_the_native_code(monkeypatch, means):
+    """The state as well, which the native backward could take over."""
+    skip, x, *gate = se_tensors(2, 33, 6, 7, 5)
+    bn, dy = tensor(5, 33), tensor(2, 33, 6, 7, seed=5)
+    x_means = x.mean((2, 3)) if means else None
+    found = []
+    for _ in range(2):
+        raw = torch.ops.nvae_fast
+        y, state, stats = raw.se_residual_fwd(skip, x, bn, *gate, x_means, 0.3, True)
+        found.append((y, state, stats, *raw.se_residual_bwd(dy, x, bn, gate[0], gate[2], state, 0.3)))
+        monkeypatch.undo()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_any_strides_64_bit_offsets_and_reruns_give_the_same_bits(monkeypatch):
+    tensors = se_tensors(2, 9, 8, 33)
+    dense = outcome(se, tensors, [], "triton")
+    sliced = lambda t: torch.cat((t, t), 1)[:, t.shape[1] :] if t.dim() == 4 else t  # noqa: E731
+    same(dense, outcome(se, tensors, [], "triton", sliced, torch.Tensor.contiguous))
+    monkeypatch.setattr(_triton, "wide", lambda t: True)
+    same(dense, outcome(se, tensors, [], "triton"))
+    assert dense["y0"].is_contiguous(memory_format=CL)
+
+
+def test_nan_stays_in_its_image():
+    args = se_tensors(3, 9, 4, 3)
+    args[1][1, 4, 2, 1] = torch.nan
+    y = F.se_residual(*args, impl="triton")
+    assert y[1].isnan().all() and y[0].isfinite().all() and y[2].isfinite().all()
+    args[2:] = [None] * 4
+    y = F.se_residual(*args, impl="triton")
+    assert y[1, 4, 2, 1].isnan() and y.isnan().sum() == 1
+
+
+def test_an_empty_batch():
+    skip, x, *gate = (
+        t.requires_grad_() for t in [torch.empty(0, 9, 4, 3), torch.empty(0, 9, 4, 3), *se_tensors(1, 9, 4, 3)[2:]]
+    )
+    y, stats = F.se_residual(skip, x, *gate, return_stats=True, impl="triton")
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape and not stats.any() and not any(t.grad.any() for t in gate)
+
+
+def test_more_images_than_a_tile_of_the_weights_gradient(check):
+    shape = (19, 3, 1, 2, 20)
+    check(lambda t, n, i: se(t, n, i), se_tensors(*shape), [], FLOAT, 2)
+
+
+def test_images_of_two_types_take_the_wider_one():
+    skip, x, *gate = image(2, 9, 4, 3), *se_tensors(2, 9, 4, 3)[1:]
+    y = F.se_residual(skip, x.half(), *gate, impl="triton")
+    assert y.dtype == FLOAT and torch.equal(y, F.se_residual(skip, x.half().float(), *gate, impl="triton"))
