@@ -1,0 +1,97 @@
+"""Compiles every Triton kernel to PTX and machine code, without a GPU: `python compile_all.py` prints a JSON row for each.
+
+C = 192, storage float32 or float16; pointers and C are declared divisible by 16, as Triton finds them at run time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+OPS = "bn_act", "se_residual"
+STORED = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "du_ptr", "skip_ptr"}  # images; every other pointer is a float32 table
+REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale"}
+CONSTANTS = dict(ACT=1, WIDE=False, ROW=1, BLOCK=2048, BLOCK_M=32, BLOCK_C=64, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
+GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
+ABSENT = {  # which pointers a launcher may leave out
+    "bn_act_coefficients_kernel": [("weight_ptr",), ("bias_ptr",), ("weight_ptr", "bias_ptr")],
+    "se_residual_sums_kernel": [("bn_ptr",), ("bn_ptr", "x_ptr")],
+    "se_residual_fwd_kernel": [("bn_ptr",), (*GATE, "parts_ptr"), (*GATE, "parts_ptr", "bn_ptr")],
+    "se_residual_bwd_kernel": [("bn_ptr",), GATE, (*GATE, "parts_ptr", "bn_ptr")],
+    "se_residual_apply_kernel": [("skip_ptr",)],
+    "se_residual_weights_kernel": [("bn_ptr",)],
+}
+ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def compiled(
+    name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False, wide: bool = False
+):
+    """`absent` pointers are None; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes."""
+    names = kernel.arg_names
+    constants = CONSTANTS | {"WIDE": wide} | dict.fromkeys(absent)
+    kinds = {}
+    for n in names:
+        kinds[n] = f"*{storage if n in STORED else 'fp32'}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
+        if n in ("M", "P") and wide:
+            kinds[n] = "i64"
+        if ones and kinds[n] == "i32":
+            constants.setdefault(n, 1)
+        if n in constants:
+            kinds[n] = "constexpr"
+    divisible = [i for i, n in enumerate(names) if n not in constants and (n.endswith("_ptr") or n in ("C", "WIDTH"))]
+    source = ASTSource(
+        fn=kernel,
+        signature=kinds,
+        constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+    )
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4)).asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        # Triton's own: an assembler from elsewhere may refuse the PTX version
+        command = [ASSEMBLER, "-v", f"-arch={re.search(r'[.]target (sm_[0-9a-z]+)', ptx)[1]}", path, "-o", f"{path}.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    images = [n for n in names if n in STORED]
+    return {
+        "kernel": name,
+        "storage": storage,
+        "arch": arch,
+        "images": images,
+        "loads": _widths(ptx, "ld"),
+        "stores": _widths(ptx, "st"),
+        "local": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", said))) + ptx.count(".local"),
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+    }
+
+
+def _widths(ptx: str, access: str) -> dict[str, int]:
+    """Bits of an access to global memory -> how many there are."""
+    found: dict[str, int] = {}
+    for vector, bits in re.findall(rf"{access}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx):
+        width = str(int(vector or 1) * int(bits))
+        found[width] = found.get(width, 0) + 1
+    return found
+
+
+if __name__ == "__main__":
+    rows = []
+    for op in OPS:
+        for name, kernel in vars(importlib.import_module(f"nvae_fast.kernels.{op}.triton")).items():
+            if name.startswith(f"{op}_") and name.endswith("_kernel"):
+                kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+                kinds = ("fp32", "fp16") if STORED & set(kernel.arg_names) else ("fp32",)
+                rows += [compiled(name, kernel, storage, arch) for storage in kinds for arch in (80, 90)]
+                others = [dict(absent=absent) for absent in ABSENT.get(name, [])] + [dict(ones=True)]
+                others += [dict(wide=True)] if "WIDE" in kernel.arg_names else []
+                rows += [compiled(name, kernel, **options) | options for options in others]
+    print(json.dumps(rows))
