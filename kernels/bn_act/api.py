@@ -1,7 +1,7 @@
 """bn_act: batch normalisation followed by an activation, in one op.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds,
-else "reference".
+"triton" for float32, bfloat16 and float16 images on CUDA where Triton is installed, else "reference".
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def bn_act(
         act: "swish" (u sigmoid(u)), "elu" (u, or exp(u) - 1 below 0) or "identity".
         process_group: joins the batches of this group's processes when training; None uses this process's alone.
         stats: mean and biased variance [2, C] of x where another op has returned them; the reference takes its own.
-        impl: "auto", "reference" or "cpu" (float32, bfloat16; keeps x and 5 C floats for backward). The reference alone can be
-            differentiated twice.
+        impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too); both keep x and 5 C floats for
+            backward. The reference alone can be differentiated twice.
 
     Raises:
         ValueError: shapes that do not match, an unknown act, one value per channel in training.

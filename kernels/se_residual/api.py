@@ -1,7 +1,7 @@
 """se_residual: squeeze-excitation of a branch, its scaling and the residual sum, in one op.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU (skip and x alike) where its row in
-`kernels/_auto.py` holds, else "reference".
+`kernels/_auto.py` holds, "triton" for float32, bfloat16 and float16 images on CUDA where Triton is installed, else "reference".
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def se_residual(
         residual_scale: weight of the branch.
         bn: the normalisation of x that `inverted_residual(..., defer=True)` left to do, applied here on the way in.
         return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them.
-        impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone can be differentiated twice.
+        impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
+            differentiated twice.
 
     Raises:
         ValueError: shapes that do not match, or some but not all of the four gate tensors.
