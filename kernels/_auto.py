@@ -1,8 +1,8 @@
 """Where `impl="auto"` takes the C++ implementation of an op on the CPU: one row per op for which "wherever it can run" is not
 the answer, written down from measurements (`nvae-fast bench --suite ops`), never taken while a program runs.
 
-`python -m nvae_fast.env` prints it. On CUDA nothing was measured yet: auto takes the fused (Triton) kernels of an op wherever they
-can run, until measurements say otherwise.
+`python -m nvae_fast.env` prints it. On CUDA nothing was measured yet: auto takes the fused (Triton) kernels of an op wherever
+they can run, until measurements say otherwise.
 """
 
 from __future__ import annotations
