@@ -1,15 +1,14 @@
-"""Bars of a run: a row of panels for each case, forward on the left, forward and backward on the right."""
+"""Bars of a run: a row of panels for each case, one panel for each phase."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from nvae_fast.benchmarks.suite import PHASES
 from nvae_fast.checkpoint.files import atomic_write
 from nvae_fast.errors import InputError
 
-TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
+TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward", "step": "training step"}
 OURS, REFERENCE, RIVAL = "#1f6fb4", "#8fb8dc", "#b0b0b0"
 
 
@@ -27,15 +26,18 @@ def save_plot(document: dict[str, Any], path: str | Path) -> None:
 
     rows = document["rows"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    bars = [max(sum(r["case"] == case and r["phase"] == phase for r in rows) for phase in PHASES) for case in cases]
+    phases = {case: list(dict.fromkeys(r["phase"] for r in rows if r["case"] == case)) for case in cases}
+    columns = max(map(len, phases.values()))
+    bars = [max(sum(r["case"] == case and r["phase"] == phase for r in rows) for phase in phases[case]) for case in cases]
     figure = Figure(figsize=(11, 0.9 + sum(0.24 * n + 0.62 for n in bars)), layout="constrained")
-    axes = figure.subplots(len(cases), len(PHASES), squeeze=False, height_ratios=bars)
+    axes = figure.subplots(len(cases), columns, squeeze=False, height_ratios=bars)
     for line, case in zip(axes, cases, strict=True):
-        for panel, phase in zip(line, PHASES, strict=True):
-            _draw(panel, [r for r in rows if r["case"] == case and r["phase"] == phase], labels=phase == PHASES[0])
+        for panel in line[len(phases[case]) :]:
+            panel.set_visible(False)
+        for panel, phase in zip(line, phases[case], strict=False):
+            _draw(panel, [r for r in rows if r["case"] == case and r["phase"] == phase], labels=phase == phases[case][0])
+            panel.set_title(TITLES[phase], loc="right", fontsize=9)
         line[0].set_title(case, loc="left", fontsize=9, fontweight="bold")
-    for panel, phase in zip(axes[0], PHASES, strict=True):
-        panel.set_title(TITLES[phase], loc="right", fontsize=9)
     threads = f"{document['threads']} thread{'s' if document['threads'] > 1 else ''}"
     figure.suptitle(f"ms: best round (solid) to median; {document['cpu']}, {threads}, torch {document['torch']}", fontsize=9)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))

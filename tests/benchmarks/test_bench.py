@@ -12,6 +12,7 @@ import torch
 
 from nvae_fast.benchmarks import report, steps, suite
 from nvae_fast.benchmarks.cases import CASES, RECIPES, select
+from nvae_fast.benchmarks.plot import save_plot
 from nvae_fast.benchmarks.ops import DepthwiseConv
 from nvae_fast.cli import main
 from nvae_fast.errors import InputError
@@ -177,12 +178,15 @@ def test_a_plot_without_matplotlib_is_one_line(capsys, monkeypatch):
     )
 
 
-def test_a_training_step_is_checked_and_timed(monkeypatch):
+def test_a_training_step_is_checked_timed_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
     rows = steps.measure_step("demo", rounds=3, device=CPU, compile_too=False)
     assert [row["impl"] for row in rows] == ["ours:auto", "eager_channels_last", "eager"]
     assert all(list(row) == ROW and row["check"]["ok"] and row["rounds"] >= 3 for row in rows)
     if _impl.load_native()[0] is not None:
         assert rows[0]["peak_bytes"] <= 0.5 * rows[1]["peak_bytes"]
+    save_plot(report.document(rows, CPU), tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_wrong_gradient_in_a_step_is_seen():
