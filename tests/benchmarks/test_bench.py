@@ -12,8 +12,8 @@ import torch
 
 from nvae_fast.benchmarks import report, steps, suite
 from nvae_fast.benchmarks.cases import CASES, RECIPES, select
-from nvae_fast.benchmarks.plot import save_plot
 from nvae_fast.benchmarks.ops import DepthwiseConv
+from nvae_fast.benchmarks.plot import save_plot
 from nvae_fast.cli import main
 from nvae_fast.errors import InputError
 from nvae_fast.kernels import _impl
