@@ -94,7 +94,8 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch does not know autocast on "meta"
         return x, *others
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in (x, *others))
+    kept = torch.float64  # which autocast leaves alone
+    return tuple(t if t.dtype == kept else t.to(torch.get_autocast_dtype(kind)) for t in (x, *others))
 
 
 def tensors(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -149,7 +150,8 @@ def move_running(norms: Sequence[Norm], found: Sequence[Tensor], values: Sequenc
             total = torch.tensor(float(count), dtype=torch.float64, device=bn.device)
             dist.all_reduce(total, group=norm.group)
             count = float(total)
-        torch.ops.nvae_fast.bn_act_move(norm.running_mean, norm.running_var, bn.detach(), rate, count)
+        if count > 0:  # an empty batch counts and says nothing, as in nn.BatchNorm2d
+            torch.ops.nvae_fast.bn_act_move(norm.running_mean, norm.running_var, bn.detach(), rate, count)
 
 
 def _join(stats: Tensor, count: float, group: dist.ProcessGroup) -> tuple[Tensor, float]:

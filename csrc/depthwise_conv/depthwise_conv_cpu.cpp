@@ -19,6 +19,8 @@ Shape shape_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t di
   TORCH_CHECK((stride == 1 || stride == 2) && dilation >= 1 && (up == 1 || (up == 2 && stride == 1)), kOp, ": stride ", stride,
               ", dilation ", dilation, ", upsample ", up, "; expected stride 1 or 2, a positive dilation, and stride 1 to upsample by 2");
   const int64_t h = x.size(2) * up, w = x.size(3) * up;
+  // Further apart than the image, all taps but the middle one lie outside: the scratch need not grow beyond.
+  dilation = std::min(dilation, std::max<int64_t>({h, w, 1}));
   const auto out = [&](int64_t side) { return static_cast<int>(side ? (side - 1) / stride + 1 : 0); };
   return {x.size(0), x.size(1), static_cast<int>(h), static_cast<int>(w), out(h), out(w), static_cast<int>(weight.size(2)),
           static_cast<int>(stride), static_cast<int>(dilation), static_cast<int>(up), static_cast<int>(act)};

@@ -63,7 +63,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& x_any, const Option
   s.chunk = chunk_rows(s.m, 64, 64);
   const int64_t images = x.size(0), count = tasks(s);
   const auto options = x.options().dtype(at::kFloat);
-  const Tensor y = empty_image(images, s.out, x.size(2), x.size(3), x), packed = pack(weight, s.in, s.out, 1, s.in);
+  const Tensor y = empty_image(images, s.out, x.size(2), x.size(3), x);
+  if (!s.in) {  // an empty sum: the kernel would write nothing
+    by_storage(y, [&](auto* type) { std::fill_n(data<std::remove_pointer_t<decltype(type)>>(y), y.numel(), 0); });
+    return {y, at::zeros({stats ? 2 : 0, s.out}, options), at::zeros({means ? images : 0, s.out}, options)};
+  }
+  const Tensor packed = pack(weight, s.in, s.out, 1, s.in);
   const Tensor parts = at::empty({stats ? count : 0, 3, s.out}, options);
   const Tensor pixel_sums = at::empty({means ? images + count : 0, s.out}, options);
   by_storage(x, [&](auto* type) {

@@ -61,6 +61,8 @@ def se_residual(
     _norm.check_beside(x, skip=skip, **gate, bn=bn)
     if not absent:
         channels, hidden = x.shape[1], w1.shape[0] if w1.dim() else 0
+        if not hidden:
+            raise ValueError(f"w1 of shape {tuple(w1.shape)}: expected (H, {channels}) with at least one hidden unit")
         shapes = {"w1": (hidden, channels), "b1": (hidden,), "w2": (channels, hidden), "b2": (channels,)}
         for name, shape in shapes.items():
             if gate[name].shape != shape:

@@ -30,14 +30,16 @@ class BatchNormAct2d(nn.BatchNorm2d):
     @property
     def norm(self) -> F.Norm:
         """This normalisation, without its activation, as the fused ops take it."""
+        # As in nn.BatchNorm2d, where tracking that was switched off later still leaves the statistics for evaluation.
         tracked = self.track_running_stats and self.running_mean is not None
+        mean, var = (self.running_mean, self.running_var) if tracked or not self.training else (None, None)
         group = None
         if self.sync and self.training and dist.is_available() and dist.is_initialized():
             group = self.process_group or dist.group.WORLD
         return F.Norm(
-            self.weight, self.bias, self.running_mean, self.running_var,
+            self.weight, self.bias, mean, var,
             self.num_batches_tracked if self.training and tracked else None,
-            self.training or not tracked, self.momentum, self.eps, group,
+            self.training or mean is None, self.momentum, self.eps, group,
         )  # fmt: skip
 
     def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
