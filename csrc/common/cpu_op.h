@@ -28,6 +28,7 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, int64_t work, const F&
   const auto run = [&](int64_t, int64_t) {
     const size_t bytes = (scratch_floats * sizeof(float) + 127) / 64 * 64;
     const std::unique_ptr<float, decltype(&std::free)> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
+    TORCH_CHECK(scratch, "nvae_fast: no memory for ", bytes, " bytes of scratch");
     for (int64_t i = next++; i < tasks; i = next++) f(i, scratch.get());
   };
   constexpr int64_t kSerial = 1 << 19;  // multiply-adds that cost less than waking a thread

@@ -37,6 +37,10 @@ class Pool final : public c10::Allocator {
       most_ = std::max(most_, used_);
       evict(most_ + most_ / 2);
       block = static_cast<char*>(std::aligned_alloc(kHeader, kHeader + size));
+      if (!block) {  // what is kept may be what is missing
+        evict(0);
+        block = static_cast<char*>(std::aligned_alloc(kHeader, kHeader + size));
+      }
       if (!block) used_ -= size;
       TORCH_CHECK_WITH(OutOfMemoryError, block, "nvae_fast: no memory for a tensor of ", bytes, " bytes");
       std::memcpy(block, &size, sizeof(size));

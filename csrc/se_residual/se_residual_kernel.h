@@ -14,15 +14,37 @@ using se_residual::Gate;
 using se_residual::Image;
 using se_residual::Shape;
 
+constexpr int64_t kTerms = 16;  // pixels that are summed apart: rounding grows with a block, not with the image
+
+// A sum of blocks with what its additions lost (Kahan).
+struct Sum {
+  vf value{}, lost{};
+  NVAE_ALWAYS void add(vf x) {
+    const vf y = x - lost, next = value + y;
+    lost = (next - value) - y;
+    value = next;
+  }
+};
+
+// f(p, end): the blocks of an image.
+template <typename F>
+NVAE_ALWAYS void for_blocks(const Shape& s, const F& f) {
+  for (int64_t p = 0; p < s.pixels; p += kTerms) f(p, p + kTerms < s.pixels ? p + kTerms : s.pixels);
+}
+
 template <typename T>
 void pool(const Shape& s, const T* x, float* means) {
   const float inverse = 1.0f / (float)s.pixels;
   for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
     constexpr int NV = decltype(vectors)::value;
-    vf sum[NV] = {};
-    for (int64_t p = 0; p < s.pixels; p++)
-      NVAE_UNROLL for (int v = 0; v < NV; v++) sum[v] += load_n(x + p * s.channels + c + v * L, n);
-    NVAE_UNROLL for (int v = 0; v < NV; v++) store_n(means + c + v * L, sum[v] * inverse, n);
+    Sum sum[NV];
+    for_blocks(s, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      vf part[NV] = {};
+      for (int64_t p = begin; p < end; p++)
+        NVAE_UNROLL for (int v = 0; v < NV; v++) part[v] += load_n(x + p * s.channels + c + v * L, n);
+      NVAE_UNROLL for (int v = 0; v < NV; v++) sum[v].add(part[v]);
+    });
+    NVAE_UNROLL for (int v = 0; v < NV; v++) store_n(means + c + v * L, sum[v].value * inverse, n);
   });
 }
 
@@ -84,18 +106,23 @@ void sums(const Shape& s, const T* dy, const T* x, const float* bn, float* out, 
   const int64_t offset = task * s.pixels * s.channels;
   for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
     constexpr int NV = decltype(vectors)::value;
-    vf mean[NV], s1[NV] = {}, s2[NV] = {};
+    vf mean[NV];
+    Sum s1[NV], s2[NV];
     NVAE_UNROLL for (int v = 0; v < NV; v++) mean[v] = bn ? load_n(bn + kMean * s.channels + c + v * L, n) : vf{};
-    for (int64_t p = 0; p < s.pixels; p++)
-      NVAE_UNROLL for (int v = 0; v < NV; v++) {
-        const int64_t i = offset + p * s.channels + c + v * L;
-        const vf d = load_n(dy + i, n);
-        s1[v] += d;
-        s2[v] += d * (load_n(x + i, n) - mean[v]);
-      }
+    for_blocks(s, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      vf t1[NV] = {}, t2[NV] = {};
+      for (int64_t p = begin; p < end; p++)
+        NVAE_UNROLL for (int v = 0; v < NV; v++) {
+          const int64_t i = offset + p * s.channels + c + v * L;
+          const vf d = load_n(dy + i, n);
+          t1[v] += d;
+          t2[v] += d * (load_n(x + i, n) - mean[v]);
+        }
+      NVAE_UNROLL for (int v = 0; v < NV; v++) s1[v].add(t1[v]), s2[v].add(t2[v]);
+    });
     NVAE_UNROLL for (int v = 0; v < NV; v++) {
-      store_n(out + c + v * L, s1[v], n);
-      store_n(out + s.channels + c + v * L, s2[v], n);
+      store_n(out + c + v * L, s1[v].value, n);
+      store_n(out + s.channels + c + v * L, s2[v].value, n);
     }
   });
 }
