@@ -108,17 +108,19 @@ def outcome(
 DRAWS = 4  # a single draw of the plain op's error says little where a result has few elements
 
 
-def check(call: Call, tensors, norms, within_budget, dtype=torch.float32, zero=()) -> None:
+def check(call: Call, tensors, norms, within_budget, dtype=torch.float32, zero=(), plain_dtype=None) -> None:
     """The native outcome is within the budget, with every instruction set; errors are pooled over draws. `zero` names gradients
     that are 0 in theory: their yardstick is the largest gradient instead of their own size. A chain of normalisations is
-    granted one unit in the last place for each: each folds scale and shift, which rounds once."""
+    granted one unit in the last place for each: each folds scale and shift, which rounds once. `plain_dtype` is that of
+    the plain op's run where it is not `dtype`."""
     found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in ("exact", "plain", *SETS)}
     for draw in range(DRAWS):
         drawn = [shuffled(t, draw) for t in tensors]
         wide = [t.double() for t in drawn], [copied(n, torch.float64) for n in norms]
         found["exact"].append(outcome(call, *wide, "reference"))
         drawn = [t.to(dtype) for t in drawn]
-        found["plain"].append(outcome(call, drawn, norms, "reference"))
+        plain = outcome(call, [t.to(plain_dtype or dtype) for t in drawn], norms, "reference")
+        found["plain"].append({name: t.to(dtype) if name[0] in "yd" and name[1:].isdigit() else t for name, t in plain.items()})
         for isa in SETS:
             with instruction_set(isa):
                 found[isa].append(outcome(call, drawn, norms, "cpu"))

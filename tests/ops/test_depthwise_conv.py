@@ -63,7 +63,9 @@ def test_values_and_gradients(shape, dtype, isa):
     try:
         x, w, dy = make(*shape, dtype=dtype)
         got = run(x, w, dy, *shape[5:], "cpu")
-        within_budget(got, run(x, w, dy, *shape[5:], "reference"), run_exact(x, w, dy, *shape[5:]))
+        # PyTorch's weight gradient of a dilated bfloat16 convolution may hold memory that nobody wrote
+        plain = [t.float() for t in (x, w, dy)] if shape[6] > 1 else [x, w, dy]
+        within_budget(got, [t.to(dtype) for t in run(*plain, *shape[5:], "reference")], run_exact(x, w, dy, *shape[5:]))
         assert got[0].is_contiguous(memory_format=torch.channels_last) and got[0].dtype == dtype
     finally:
         NATIVE.use_instruction_set(before)

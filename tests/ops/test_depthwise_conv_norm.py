@@ -30,7 +30,9 @@ def call(stride, dilation, upsample, act="swish"):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(within_budget, shape, training, dtype):
-    check(call(*shape[5:]), tensors(*shape[:5]), [norm(shape[1], training=training)], within_budget, dtype)
+    # PyTorch's weight gradient of a dilated bfloat16 convolution may hold memory that nobody wrote
+    plain = torch.float32 if shape[6] > 1 else dtype
+    check(call(*shape[5:]), tensors(*shape[:5]), [norm(shape[1], training=training)], within_budget, dtype, plain_dtype=plain)
 
 
 @pytest.mark.parametrize("act", ["identity", "elu"])
