@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 MEAN, VAR, RSTD, SCALE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows of bn [5, C]
+SWISH, ELU = tl.constexpr(1), tl.constexpr(2)  # positions in _norm.ACTIVATIONS
 
 
 @triton.jit
@@ -42,3 +43,23 @@ def load_row(ptr, row, c, C):
 @triton.jit
 def store_row(ptr, row, c, C, value):
     tl.store(ptr + row * C + c, value.to(ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def activate(u, ACT: tl.constexpr):
+    if ACT == SWISH:
+        u = u * tl.sigmoid(u)
+    if ACT == ELU:
+        u = tl.where(u > 0, u, tl.exp(u) - 1.0)
+    return u
+
+
+@triton.jit
+def differentiate(dy, u, ACT: tl.constexpr):
+    """dy act'(u)"""
+    if ACT == SWISH:
+        s = tl.sigmoid(u)
+        dy = dy * (s + u * s * (1.0 - s))
+    if ACT == ELU:
+        dy = dy * tl.where(u > 0, 1.0, tl.exp(u))
+    return dy

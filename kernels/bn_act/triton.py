@@ -1,6 +1,6 @@
 """bn_act on a GPU: kernels, then launchers. x is rows of pixels [M, C]; a program has a tile [BLOCK_M, BLOCK_C] in registers.
 
-Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64, in the order of the tasks.
+Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 (kernels/_join.py).
 """
 
 from __future__ import annotations
@@ -11,30 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._tile import MEAN, RSTD, SCALE, SHIFT, VAR, load_row, load_rows, offset_of, store_row, store_rows
+from nvae_fast.kernels._join import join_stats, join_sums
+from nvae_fast.kernels._tile import (
+    MEAN,
+    RSTD,
+    SCALE,
+    SHIFT,
+    VAR,
+    activate,
+    differentiate,
+    load_row,
+    load_rows,
+    offset_of,
+    store_row,
+    store_rows,
+)
 from nvae_fast.kernels.bn_act.ops import empty_image
-
-SWISH, ELU = tl.constexpr(1), tl.constexpr(2)  # positions in _norm.ACTIVATIONS
-
-
-@triton.jit
-def activate(u, ACT: tl.constexpr):
-    if ACT == SWISH:
-        u = u * tl.sigmoid(u)
-    if ACT == ELU:
-        u = tl.where(u > 0, u, tl.exp(u) - 1.0)
-    return u
-
-
-@triton.jit
-def differentiate(dy, u, ACT: tl.constexpr):
-    """dy act'(u)"""
-    if ACT == SWISH:
-        s = tl.sigmoid(u)
-        dy = dy * (s + u * s * (1.0 - s))
-    if ACT == ELU:
-        dy = dy * tl.where(u > 0, 1.0, tl.exp(u))
-    return dy
 
 
 @triton.jit
@@ -54,28 +46,6 @@ def bn_act_stats_kernel(x_ptr, parts_ptr, M, C, CHUNK, WIDE: tl.constexpr, BLOCK
     total = tl.sum(s1, 0)
     store_row(parts_ptr + task * 2 * C, 0, c, C, pivot + total / rows)
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0) - total * total / rows)
-
-
-@triton.jit
-def bn_act_join_stats_kernel(parts_ptr, stats_ptr, M, C, CHUNK, TASKS, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """stats [2, C], mean and biased variance, from parts [tasks, 2, C] (Chan et al. 1983)."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(0, TASKS, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
-        total += load_rows(parts_ptr, 2 * t, c, 2 * TASKS, C) * rows[:, None]
-    mean = tl.sum(total, 0) / M
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(0, TASKS, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
-        d = load_rows(parts_ptr, 2 * t, c, 2 * TASKS, C) - mean[None, :]
-        spread = load_rows(parts_ptr, 2 * t + 1, c, 2 * TASKS, C) + d * d * rows[:, None]
-        total += tl.where((t < TASKS)[:, None], spread, 0.0)
-    var = tl.sum(total, 0) / M
-    store_row(stats_ptr, 0, c, C, mean)
-    store_row(stats_ptr, 1, c, C, tl.where(var < 0, 0.0, var))  # NaN stays
 
 
 @triton.jit
@@ -135,19 +105,8 @@ def bn_act_fwd_kernel(
 
 
 @triton.jit
-def bn_act_sums_kernel(
-    dy_ptr,
-    x_ptr,
-    bn_ptr,
-    parts_ptr,
-    M,
-    C,
-    CHUNK,
-    ACT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, parts_ptr, M, C, CHUNK, ACT: tl.constexpr, WIDE: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is 0."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
@@ -166,31 +125,10 @@ def bn_act_sums_kernel(
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0))
 
 
-@triton.jit
-def bn_act_join_sums_kernel(parts_ptr, sums_ptr, TASKS, WIDTH, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sums [WIDTH] of parts [tasks, WIDTH]"""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(0, TASKS, BLOCK_T):
-        total += load_rows(parts_ptr, t0 + tl.arange(0, BLOCK_T), c, TASKS, WIDTH)
-    store_row(sums_ptr, 0, c, WIDTH, tl.sum(total, 0))
-
-
 @_triton.autotuned("C")
 @triton.jit
-def bn_act_bwd_kernel(
-    dy_ptr,
-    x_ptr,
-    bn_ptr,
-    c_ptr,
-    dx_ptr,
-    M,
-    C,
-    ACT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr,
+                      BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -211,23 +149,14 @@ def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, M, C, WIDE: tl.constexpr, BLOCK_M
     store_rows(du_ptr, m, c, M, C, du)
 
 
-def join_sums(parts: Tensor) -> Tensor:
-    """The sum of parts [tasks, ...] over its tasks, which are one or more."""
-    sums = torch.empty_like(parts[0])
-    width = sums.numel()
-    bn_act_join_sums_kernel[(triton.cdiv(width, 32),)](parts, sums, len(parts), width, BLOCK_T=32, BLOCK_C=32)
-    return sums
-
-
 def bn_act_stats(x: Tensor) -> Tensor:
     x = _triton.image("x", x)
     rows, channels, grid, chunk, sizes = _reduction(x)
     if not x.numel():
         return x.new_zeros(2, channels, dtype=torch.float32)
-    parts, stats = (x.new_empty(*shape, 2, channels, dtype=torch.float32) for shape in (grid[:1], ()))
+    parts = x.new_empty(grid[0], 2, channels, dtype=torch.float32)
     bn_act_stats_kernel[grid](x, parts, rows, channels, chunk, WIDE=_triton.wide(x), **sizes)
-    bn_act_join_stats_kernel[(triton.cdiv(channels, 32),)](parts, stats, rows, channels, chunk, grid[0], BLOCK_T=32, BLOCK_C=32)
-    return stats
+    return join_stats(parts, rows, chunk)
 
 
 def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

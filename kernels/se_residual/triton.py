@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
+from nvae_fast.kernels._join import join_sums
 from nvae_fast.kernels._tile import MEAN, SCALE, SHIFT, load_pitched, load_row, load_rows, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import empty_image
@@ -53,23 +54,8 @@ def se_residual_sums_kernel(
 
 
 @triton.jit
-def se_residual_fwd_kernel(
-    parts_ptr,
-    bn_ptr,
-    w1_ptr,
-    b1_ptr,
-    w2_ptr,
-    b2_ptr,
-    state_ptr,
-    ab_ptr,
-    inverse,
-    residual_scale,
-    C,
-    H,
-    TASKS,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def se_residual_fwd_kernel(parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, ab_ptr, inverse, residual_scale, C, H,
+                           TASKS, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """The gate of an image, from the sums of x times `inverse`: a = s gate scale, b = s gate shift, and the state (mean of x,
     gate, hidden units) for the backward. Without w1 the gate is 1 and there is no state."""
     image = tl.program_id(0)
@@ -122,24 +108,8 @@ def se_residual_apply_kernel(
 
 
 @triton.jit
-def se_residual_bwd_kernel(
-    parts_ptr,
-    bn_ptr,
-    w1_ptr,
-    w2_ptr,
-    state_ptr,
-    dgate_ptr,
-    dhidden_ptr,
-    dbn_ptr,
-    ab_ptr,
-    inverse,
-    residual_scale,
-    C,
-    H,
-    TASKS,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def se_residual_bwd_kernel(parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, dgate_ptr, dhidden_ptr, dbn_ptr, ab_ptr, inverse,
+                           residual_scale, C, H, TASKS, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """The gate's backward of an image, from sum(dy) and sum(dy (x - mean)): gradients before the sigmoid [N, C] and the relu
     [N, H], shares of those of scale and bias [N, 2, C], and the table of dx. Without w1 the gate is 1, without bn the scale."""
     image = tl.program_id(0)
@@ -182,20 +152,8 @@ def se_residual_bwd_kernel(
 
 
 @triton.jit
-def se_residual_weights_kernel(
-    dgate_ptr,
-    dhidden_ptr,
-    state_ptr,
-    bn_ptr,
-    dw1_ptr,
-    dw2_ptr,
-    N,
-    C,
-    H,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def se_residual_weights_kernel(dgate_ptr, dhidden_ptr, state_ptr, bn_ptr, dw1_ptr, dw2_ptr, N, C, H, BLOCK_N: tl.constexpr,
+                               BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """dw1 [H, C] = dhidden^T pooled and dw2 [C, H] = dgate^T hidden, summed over images in float64."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -214,18 +172,9 @@ def se_residual_weights_kernel(
     store_rows(dw2_ptr, c, h, C, H, dw2)
 
 
-def se_residual_fwd(
-    skip: Tensor,
-    x: Tensor,
-    bn: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    x_means: Tensor | None,
-    residual_scale: float,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None,
+                    b2: Tensor | None, x_means: Tensor | None, residual_scale: float,
+                    stats: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, skip = _triton.image("x", x), _triton.image("skip", skip, x)
     images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
     bn, x_means = _triton.floats("coefficients", bn, 5, channels), _triton.floats("x_means", x_means, images, channels)
@@ -239,34 +188,15 @@ def se_residual_fwd(
             inverse = 1.0 / pixels
         ab = x.new_empty(images, 2, channels, dtype=torch.float32)
         se_residual_fwd_kernel[(images,)](
-            parts,
-            bn,
-            w1,
-            b1,
-            w2,
-            b2,
-            state,
-            ab,
-            inverse,
-            residual_scale,
-            channels,
-            hidden,
-            count,
+            *(parts, bn, w1, b1, w2, b2, state, ab, inverse, residual_scale, channels, hidden, count),
             **_gate_tile(channels, hidden),
         )
         _apply(skip, x, ab, y)
     return y, state, bn_act.bn_act_stats(y) if stats else x.new_empty(0, channels, dtype=torch.float32)
 
 
-def se_residual_bwd(
-    dy: Tensor,
-    x: Tensor,
-    bn: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    state: Tensor,
-    residual_scale: float,
-) -> list[Tensor]:
+def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None, w2: Tensor | None, state: Tensor,
+                    residual_scale: float) -> list[Tensor]:  # fmt: skip
     x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
     images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
     bn = _triton.floats("coefficients", bn, 5, channels)
@@ -286,7 +216,7 @@ def se_residual_bwd(
     if bn is not None:
         found.append(torch.zeros_like(bn))
         if x.numel():
-            found[-1][3:].copy_(bn_act.join_sums(dbn))
+            found[-1][3:].copy_(join_sums(dbn))
     if w1 is not None and w2 is not None:
         dw1, dw2 = torch.zeros_like(w1), torch.zeros_like(w2)
         if x.numel():
@@ -298,7 +228,7 @@ def se_residual_bwd(
                 BLOCK_C=16,
                 BLOCK_H=block_h,
             )
-        dgate, dhidden = (bn_act.join_sums(t) if x.numel() else t.sum(0) for t in (dgate, dhidden))
+        dgate, dhidden = (join_sums(t) if x.numel() else t.sum(0) for t in (dgate, dhidden))
         found += [dw1, dhidden, dw2, dgate]
     return found
 

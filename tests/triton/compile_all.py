@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = "bn_act", "se_residual"
+MODULES = "_join", "bn_act.triton", "se_residual.triton"
 STORED = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "du_ptr", "skip_ptr"}  # images; every other pointer is a float32 table
 REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale"}
 CONSTANTS = dict(ACT=1, WIDE=False, ROW=1, BLOCK=2048, BLOCK_M=32, BLOCK_C=64, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
@@ -85,9 +85,9 @@ def _widths(ptx: str, access: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     rows = []
-    for op in OPS:
-        for name, kernel in vars(importlib.import_module(f"nvae_fast.kernels.{op}.triton")).items():
-            if name.startswith(f"{op}_") and name.endswith("_kernel"):
+    for module in MODULES:
+        for name, kernel in vars(importlib.import_module(f"nvae_fast.kernels.{module}")).items():
+            if name.startswith(module.strip("_").removesuffix(".triton")) and name.endswith("_kernel"):
                 kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
                 kinds = ("fp32", "fp16") if STORED & set(kernel.arg_names) else ("fp32",)
                 rows += [compiled(name, kernel, storage, arch) for storage in kinds for arch in (80, 90)]
