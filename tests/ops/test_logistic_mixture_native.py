@@ -1,4 +1,4 @@
-"""The native logistic_mixture_log_prob against float64, over layouts and at extremes; what it refuses."""
+"""The native logistic_mixture_log_prob against float64, and at extremes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import itertools
 
 import pytest
 import torch
+from mixtures import DTYPES, NATIVE, SETS, agrees, make, native, run
 from safetensors.torch import load_file
 
-from nvae_fast.kernels import _impl, use_impl
-from nvae_fast.kernels.logistic_mixture import logistic_mixture_channels, logistic_mixture_log_prob
+from nvae_fast.kernels import use_impl
+from nvae_fast.kernels.logistic_mixture import logistic_mixture_log_prob
 
-NATIVE = _impl.load_native()[0]
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="built without the native extension")
-SETS = [s for s in (NATIVE.build_info()["instruction_sets"] if NATIVE else []) if NATIVE.use_instruction_set(s)]
-DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = native
 
 
 @pytest.fixture
@@ -24,30 +22,21 @@ def use_set():
     NATIVE.use_instruction_set(before)
 
 
-def make(channels=3, mixtures=2, bits=8, size=(2, 5, 7), dtype=torch.float32, scale=1.0, seed=0):
-    """x on the levels, and params that bfloat16 holds exactly, so that every dtype sees the same numbers."""
-    g = torch.Generator().manual_seed(seed)
-    batch, height, width = size
-    top = 2**bits - 1
-    x = torch.randint(0, top + 1, (batch, channels, height, width), generator=g)
-    x[:, :, :1, :3] = torch.tensor([0, top, top - 1])  # both edges and the level below the top
-    shape = (batch, logistic_mixture_channels(channels, mixtures), height, width)
-    return x.float() / top, (scale * torch.randn(shape, generator=g)).bfloat16().to(dtype)
-
-
-def run(x, params, impl, mixtures=2, bits=8, compat="nvlabs", grad=None):
-    """(log p, gradient of params)"""
-    params = params.detach().requires_grad_()
-    out = logistic_mixture_log_prob(x, params, num_mixtures=mixtures, num_bits=bits, compat=compat, impl=impl)
-    if grad is None:
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
-    return out.detach(), torch.autograd.grad(out, params, grad)[0]
-
-
-def agrees(within_budget, x, params, **settings):
-    exact = run(x.double(), params.double(), "reference", **settings)
-    for triple in zip(run(x, params, "cpu", **settings), run(x, params, "reference", **settings), exact, strict=True):
-        within_budget(*triple)
+# name: (rows of the params of 3 channels and 2 mixtures, value); colour c begins at 2 + 6 c with 2 means, 2 log-scales.
+EXTREMES = {
+    "log-scales at the clamp": (slice(4, 6), -7.0),
+    "log-scales below the clamp": (slice(4, 6), -9.0),
+    "log-scales far below the clamp": (slice(4, 6), -1e4),
+    "large log-scales": (slice(4, 6), 9.0),
+    "log-scales of 30": (slice(4, 6), 30.0),
+    "log-scales beyond exp's range": (slice(4, 6), 1e3),
+    "means above": (slice(2, 4), 40.0),
+    "means below": (slice(8, 10), -40.0),
+    "means far outside": (slice(2, 4), 1e4),
+    "saturated coefficients": (slice(6, 8), -40.0),
+    "a dominant logit": (slice(0, 1), 90.0),
+    "one logit far below": (slice(1, 2), -1e4),
+}
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -69,23 +58,6 @@ def test_every_depth_and_many_mixtures(within_budget, use_set, bits, isa):
     for mixtures, size in ((30, (1, 3, 50)), (57, (1, 1, 3)), (3, (3, 16, 24))):
         x, params = make(3, mixtures, bits, size)
         agrees(within_budget, x, params, mixtures=mixtures, bits=bits)
-
-
-# name: (rows of the params of 3 channels and 2 mixtures, value); colour c begins at 2 + 6 c with 2 means, 2 log-scales.
-EXTREMES = {
-    "log-scales at the clamp": (slice(4, 6), -7.0),
-    "log-scales below the clamp": (slice(4, 6), -9.0),
-    "log-scales far below the clamp": (slice(4, 6), -1e4),
-    "large log-scales": (slice(4, 6), 9.0),
-    "log-scales of 30": (slice(4, 6), 30.0),
-    "log-scales beyond exp's range": (slice(4, 6), 1e3),
-    "means above": (slice(2, 4), 40.0),
-    "means below": (slice(8, 10), -40.0),
-    "means far outside": (slice(2, 4), 1e4),
-    "saturated coefficients": (slice(6, 8), -40.0),
-    "a dominant logit": (slice(0, 1), 90.0),
-    "one logit far below": (slice(1, 2), -1e4),
-}
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -137,52 +109,6 @@ def test_level_254(compat):
     torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-5)
 
 
-LAYOUTS = {
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "half of the channels": lambda t: torch.cat([t, t], 1).chunk(2, 1)[1],
-    "half of the channels, channels_last": lambda t: LAYOUTS["channels_last"](torch.cat([t, t], 1)).chunk(2, 1)[0],
-    "window of a larger map": lambda t: torch.nn.functional.pad(t, (1, 2, 1, 3))[:, :, 1:-3, 1:-2],
-    "transposed": lambda t: t.mT.contiguous().mT,
-    "every second": lambda t: t.repeat_interleave(2, 3)[..., ::2],
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_in_and_back(layout, dtype):
-    arrange = LAYOUTS[layout]
-    x, params = make(mixtures=3, size=(2, 13, 12), dtype=dtype)
-    grad = torch.randn(2, 13, 12)
-    plain = run(x, params, "cpu", 3, grad=grad)
-    # One gradient in each layout: cut from a tensor with a channel in front of the pixels.
-    strided = run(arrange(x), arrange(params), "cpu", 3, grad=arrange(grad[:, None].expand(-1, 3, -1, -1))[:, 1])
-    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
-
-
-def test_expanded_params_and_gradients():
-    x, params = make(size=(4, 6, 5))
-    small = params[:1, :, :1, :1].clone().requires_grad_()
-    for expanded in (small.expand(params.shape), small.expand(4, -1, 1, 1).expand(params.shape)):
-        grads = [
-            torch.autograd.grad(logistic_mixture_log_prob(x, expanded, num_mixtures=2, impl=impl).sum(), small)[0]
-            for impl in ("cpu", "reference")
-        ]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
-    grad = torch.randn(4, 1, 5)
-    dense, expanded = (run(x, params, "cpu", grad=g) for g in (grad.expand(4, 6, 5).contiguous(), grad.expand(4, 6, 5)))
-    assert torch.equal(dense[1], expanded[1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
-def test_opcheck(layout, dtype):
-    arrange = LAYOUTS.get(layout, torch.Tensor.contiguous)
-    x, params = make(dtype=dtype)
-    args = (arrange(x), arrange(params), 2, 8, True)
-    torch.library.opcheck(torch.ops.nvae_fast.logistic_mixture_log_prob_fwd, args)
-    torch.library.opcheck(torch.ops.nvae_fast.logistic_mixture_log_prob_bwd, (torch.randn(2, 7, 5).mT, *args))
-
-
 def test_thread_count_does_not_change_a_bit():
     x, params = make(mixtures=5, size=(3, 17, 31))
     before, results = torch.get_num_threads(), []
@@ -219,22 +145,6 @@ def test_compiles_without_a_graph_break(impl):
         leaf = params.clone().requires_grad_()
         found.append(torch.autograd.grad(g(leaf), leaf))
     torch.testing.assert_close(*found)
-
-
-def test_keeps_nothing_but_its_inputs():
-    x, params = make()
-    params.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
-        logistic_mixture_log_prob(x, params, num_mixtures=2, impl="cpu")
-    assert set(kept) == {x.data_ptr(), params.data_ptr()}
-
-
-@pytest.mark.parametrize("size", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
-def test_empty(size):
-    x, params = torch.zeros(size[0], 3, *size[1:]), torch.zeros(size[0], 20, *size[1:])
-    out, grad = run(x, params, "cpu")
-    assert out.shape == size and grad.shape == params.shape
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -281,24 +191,3 @@ def test_auto_and_what_goes_to_the_reference():
     assert torch.autograd.grad(out.sum(), leaf)[0].ne(0).any()
     with pytest.raises(ValueError, match="x is on meta and params on cpu: move them to one device"):
         logistic_mixture_log_prob(x.to("meta"), params, num_mixtures=2)
-
-
-BAD = {
-    "20 channels, expected 30 for 3 channels of x and 3 mixtures": lambda x, p: (x, p, 3, 8, True),
-    "takes x .* and params": lambda x, p: (x[:, :, :1], p, 2, 8, True),
-    "takes x in float32": lambda x, p: (x, p.double(), 2, 8, True),
-    "takes 1 to 8 bits, not 9": lambda x, p: (x, p, 2, 9, True),
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_the_op_checks_what_it_reads(message):
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.nvae_fast.logistic_mixture_log_prob_fwd(*BAD[message](*make()))
-
-
-def test_the_op_checks_the_gradient():
-    x, params = make()
-    for grad in (torch.zeros(2, 5, 6), torch.zeros(2, 5, 7, dtype=torch.float64)):
-        with pytest.raises(RuntimeError, match="a gradient of shape .* does not fit x of shape"):
-            torch.ops.nvae_fast.logistic_mixture_log_prob_bwd(grad, x, params, 2, 8, True)
