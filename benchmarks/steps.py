@@ -30,6 +30,7 @@ class Step:
 
     def __init__(self, model: NVAE, spectral: SpectralState, x: Tensor, noise: list[Tensor], impl: str) -> None:
         self.model, self.spectral, self.x, self.noise, self.impl = model, spectral, x, noise, impl
+        self.total: Callable[[], Tensor] = self._total
         training = model.config.training
         if impl == "auto":
             self.optimizer: torch.optim.Optimizer = make_optimizer(model)
@@ -40,11 +41,11 @@ class Step:
     def backward(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         with use_impl(self.impl):
-            total = self.loss()
+            total = self.total()
             total.backward()
         return total.detach()
 
-    def loss(self) -> Tensor:
+    def _total(self) -> Tensor:
         terms = self.model.loss(
             self.x, kl_coeff=KL_COEFF, spectral_coeff=SPECTRAL_COEFF, noise=self.noise, spectral=self.spectral
         )
@@ -107,11 +108,11 @@ def compiled(plain: Step, say: Callable[[str], None]) -> Step | None:
     step = Step(copy.deepcopy(plain.model), copy.deepcopy(plain.spectral), plain.x, plain.noise, plain.impl)
     model, inner = step.model, torch.compile(step.model.loss)
 
-    def loss() -> Tensor:
-        total = inner(step.x, kl_coeff=KL_COEFF, noise=step.noise)["total"]
-        return total + SPECTRAL_COEFF * (step.spectral(model.convolutions()) + bn_regularizer(model.batch_norms()))
+    def total() -> Tensor:
+        loss = inner(step.x, kl_coeff=KL_COEFF, noise=step.noise)["total"]
+        return loss + SPECTRAL_COEFF * (step.spectral(model.convolutions()) + bn_regularizer(model.batch_norms()))
 
-    step.loss = loss  # type: ignore[method-assign]
+    step.total = total
     try:
         step.backward()
     except Exception as error:  # of Dynamo, Inductor or the compiler it calls

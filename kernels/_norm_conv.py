@@ -84,7 +84,7 @@ def norm_conv(
     return y, y_stats
 
 
-def check(op: str, x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, copies: int = 1) -> tuple[Tensor, ...]:
+def check(x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, copies: int = 1) -> tuple[Tensor, ...]:
     """The tensors as autocast would have them; raises in one line where arguments do not fit together. The normalisation sees
     every value of x `copies` times."""
     if x.dim() != 4:

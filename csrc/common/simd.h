@@ -94,6 +94,12 @@ NVAE_ALWAYS void stream(float* p, vf x) {
 #endif
 }
 NVAE_ALWAYS void stream(bf16* p, vf x) { store(p, x); }
+// Whether to store that way rows of `width` values of p, `elements` in all: it pays above the size of the second-level cache, and
+// needs whole aligned lines.
+template <typename T>
+inline bool may_stream(const T* p, int64_t width, int64_t elements) {
+  return sizeof(T) == 4 && width % L == 0 && (uintptr_t)p % (L * 4) == 0 && elements > (1 << 18);
+}
 // Before another thread may read what was streamed.
 NVAE_ALWAYS void stream_fence() {
 #if defined(NVAE_AVX2)

@@ -81,12 +81,6 @@ void fill_both(const Row& r, const T* x, float* value, float* slope) {
   });
 }
 
-// Streaming stores pay above the size of the second-level cache, and need whole aligned lines.
-template <typename T>
-inline bool may_stream(const T* p, int64_t c, int64_t elements) {
-  return sizeof(T) == 4 && c % L == 0 && (uintptr_t)p % (L * 4) == 0 && elements > (1 << 18);
-}
-
 // The value that a later load of what was stored as T gives.
 template <typename T>
 NVAE_ALWAYS vf as_stored(vf x) {

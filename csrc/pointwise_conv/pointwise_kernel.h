@@ -47,12 +47,6 @@ void read_tile(const T* x, int64_t ldx, int rows, int64_t width, const float* bn
   });
 }
 
-// Streaming stores pay above the size of the second-level cache, and need whole aligned lines.
-template <typename T>
-inline bool may_stream(const T* p, int64_t width, int64_t elements) {
-  return sizeof(T) == 4 && width % L == 0 && (uintptr_t)p % (L * 4) == 0 && elements > (1 << 18);
-}
-
 // Sums of each image's rows of a panel of y into that image's row of pixel_sums.
 template <typename T>
 void add_pixel_sums(const Shape& s, const T* tile, int64_t ld, int64_t r, int rows, int n, float* sums, bool first_tile) {

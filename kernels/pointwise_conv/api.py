@@ -37,7 +37,7 @@ def pointwise_conv(
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
     """
-    x, weight = _norm_conv.check("pointwise_conv", x, weight, norm, act)
+    x, weight = _norm_conv.check(x, weight, norm, act)
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 1, 1):
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [C_out, {x.shape[1]}, 1, 1]")
     impl = _auto.choose("pointwise_conv", impl, [x], [weight], fused=norm is not None or return_stats)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
@@ -9,7 +12,18 @@ from nvae_fast.layers.conv import same_padding
 from nvae_fast.layers.norm import BatchNormAct2d
 
 
-class DepthwiseConvBNAct(nn.Sequential):
+class _ConvBNAct(nn.Sequential):
+    """(convolution, BatchNormAct2d)"""
+
+    def _run(self, conv: Callable[..., Any], x: Tensor, **options: int) -> Tensor:
+        weight, bn = self[0].weight, self[1]
+        if not bn.norm.uses_batch:
+            return bn(conv(x, weight, **options))
+        y, stats = conv(x, weight, return_stats=True, **options)
+        return bn(y, stats)
+
+
+class DepthwiseConvBNAct(_ConvBNAct):
     """act(BN(conv(x))), conv depthwise k x k with "same" padding and no bias. It replaces nn.Sequential(nn.Conv2d(C, C, k,
     stride, padding, dilation, groups=C, bias=False), nn.BatchNorm2d(C), nn.SiLU()), with its state_dict keys and its numbers.
 
@@ -26,14 +40,10 @@ class DepthwiseConvBNAct(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, bn = self
-        if not bn.norm.uses_batch:
-            return bn(F.depthwise_conv(x, conv.weight, stride=conv.stride[0], dilation=conv.dilation[0]))
-        y, stats = F.depthwise_conv(x, conv.weight, stride=conv.stride[0], dilation=conv.dilation[0], return_stats=True)
-        return bn(y, stats)
+        return self._run(F.depthwise_conv, x, stride=self[0].stride[0], dilation=self[0].dilation[0])
 
 
-class PointwiseConvBNAct(nn.Sequential):
+class PointwiseConvBNAct(_ConvBNAct):
     """act(BN(conv(x))), conv 1x1 without bias. It replaces nn.Sequential(nn.Conv2d(C_in, C_out, 1, bias=False),
     nn.BatchNorm2d(C_out), nn.SiLU()), with its state_dict keys and its numbers.
 
@@ -48,8 +58,4 @@ class PointwiseConvBNAct(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, bn = self
-        if not bn.norm.uses_batch:
-            return bn(F.pointwise_conv(x, conv.weight))
-        y, stats = F.pointwise_conv(x, conv.weight, return_stats=True)
-        return bn(y, stats)
+        return self._run(F.pointwise_conv, x)

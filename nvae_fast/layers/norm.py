@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
+from nvae_fast.kernels._norm import ACTIVATIONS
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -23,8 +24,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
                  track_running_stats: bool = True, device=None, dtype=None, *, act: str = "swish", sync: bool = False,
                  process_group: dist.ProcessGroup | None = None) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if act not in ("identity", "swish", "elu"):
-            raise ValueError(f"act {act!r}: expected one of identity, swish, elu")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act {act!r}: expected one of {', '.join(ACTIVATIONS)}")
         self.act, self.sync, self.process_group = act, sync, process_group
 
     @property
