@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.benchmarks.memory import PeakMemory
+from nvae_fast.benchmarks.plain import plain
 from nvae_fast.benchmarks.timing import interleaved
 from nvae_fast.kernels._impl import use_impl
 from nvae_fast.layers.norm import bn_regularizer
@@ -22,7 +23,8 @@ from nvae_fast.regularization import SpectralState
 KL_COEFF, SPECTRAL_COEFF = 0.5, 1e-2  # in the middle of a run
 SECONDS = 60.0
 FORMATS = {"ours:auto": torch.channels_last, "eager_channels_last": torch.channels_last, "eager": torch.contiguous_format}
-"""What competes. The eager ones run every op's reference, which is torch's own operations, and torch's multi-tensor Adamax."""
+"""What competes. The eager ones run the model as published (plain.py) on torch's own operations, and torch's multi-tensor
+Adamax."""
 
 
 class Step:
@@ -82,11 +84,12 @@ def contenders(preset: str, device: torch.device) -> dict[str, Step]:
 
     steps = {}
     for name, layout in FORMATS.items():
-        own = copy.deepcopy(model).to(memory_format=layout)
-        impl = "auto" if name == "ours:auto" else "reference"
+        own, impl = copy.deepcopy(model).to(memory_format=layout), "auto"
+        if name != "ours:auto":
+            own, impl = plain(own), "reference"
         steps[name] = Step(own, warm(torch.float32), x.contiguous(memory_format=layout), noise, impl)
     doubles = x.double(), [t.double() for t in noise]
-    steps["exact"] = Step(copy.deepcopy(model).double(), warm(torch.float64), *doubles, "reference")
+    steps["exact"] = Step(plain(copy.deepcopy(model)).double(), warm(torch.float64), *doubles, "reference")
     return steps
 
 

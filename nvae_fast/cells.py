@@ -83,7 +83,12 @@ def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.
 
 
 class FactorizedReduce(nn.Module):
-    """Halves H and W (both even): four stride-2 1x1 convolutions of swish(x) at the four pixel offsets, concatenated."""
+    """Halves H and W (both even): four stride-2 1x1 convolutions of swish(x) at the four pixel offsets, concatenated.
+
+    They run as one 2x2 convolution of stride 2, whose filters have one live tap each.
+    """
+
+    OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))  # (row, column) that conv_1 ... conv_4 see of each 2x2 pixels
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -92,22 +97,25 @@ class FactorizedReduce(nn.Module):
             setattr(self, f"conv_{i}", WeightNormConv2d(in_channels, width, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        a = tf.silu(x)
-        return torch.cat(
-            [self.conv_1(a), self.conv_2(a[:, :, 1:, 1:]), self.conv_3(a[:, :, :, 1:]), self.conv_4(a[:, :, 1:, :])],
-            dim=1,
-        )
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise InputError(f"images of {x.shape[2]}x{x.shape[3]} cannot be halved: expected even sides")
+        convs = (self.conv_1, self.conv_2, self.conv_3, self.conv_4)
+        weights = [
+            tf.pad(conv.effective_weight(), (column, 1 - column, row, 1 - row))
+            for conv, (row, column) in zip(convs, self.OFFSETS, strict=True)
+        ]
+        return tf.conv2d(tf.silu(x), torch.cat(weights), torch.cat([conv.bias for conv in convs]), stride=2)
 
 
 class UpsampleProject(nn.Module):
-    """Doubles H and W: bilinear (corners aligned), then a 1x1 convolution without bias."""
+    """Doubles H and W: bilinear (corners aligned) and a 1x1 convolution without bias, which comes first: they commute."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(tf.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+        return tf.interpolate(self.conv(x), scale_factor=2, mode="bilinear", align_corners=True)
 
 
 class Cell(nn.Module):

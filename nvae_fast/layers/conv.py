@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
@@ -45,6 +46,13 @@ class WeightNormConv2d(nn.Conv2d):
         if self.effective is not None:
             return self.effective
         return F.weight_norm([self.weight], [self.log_weight_norm], [self.mask], eps=NORM_EPS)[0]
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # On a CPU, a product of matrices takes a third to a half of the time of oneDNN's 1x1 convolution, at NVAE's sizes.
+        dense = self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        if dense and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+            return tf.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return super()._conv_forward(x, weight, bias)
 
     @torch.no_grad()
     def _init_from_data(self, x: Tensor) -> None:

@@ -1,0 +1,44 @@
+"""The model as its publication words it: what the rivals of a benchmark run, and what rewritten modules are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from nvae_fast.cells import FactorizedReduce, UpsampleProject
+from nvae_fast.layers import WeightNormConv2d
+
+
+class PlainConv(WeightNormConv2d):
+    """Always a convolution."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.Conv2d._conv_forward(self, x, weight, bias)
+
+
+class PlainReduce(FactorizedReduce):
+    """Four strided 1x1 convolutions, concatenated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = tf.silu(x)
+        convs = (self.conv_1, self.conv_2, self.conv_3, self.conv_4)
+        pairs = zip(convs, self.OFFSETS, strict=True)
+        return torch.cat([conv(a[:, :, row:, column:]) for conv, (row, column) in pairs], dim=1)
+
+
+class PlainUpsample(UpsampleProject):
+    """Interpolation first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(tf.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+
+
+PLAIN = {WeightNormConv2d: PlainConv, FactorizedReduce: PlainReduce, UpsampleProject: PlainUpsample}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """`model` without the rewrites of its modules, in place: the same parameters, the same numbers to rounding."""
+    for module in model.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return model

@@ -1,0 +1,49 @@
+"""Modules that compute in another order than their formula, against the formula (benchmarks/plain.py) in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import build, images, noise
+
+from nvae_fast import InputError
+from nvae_fast.benchmarks.plain import PLAIN, plain
+from nvae_fast.cells import FactorizedReduce, UpsampleProject
+
+
+def outcome(module, x):
+    x = x.detach().requires_grad_()
+    y = module(x)
+    incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
+    leaves = [x, *module.parameters()]
+    return [y, *torch.autograd.grad(y, leaves, incoming)]
+
+
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format), ids=("channels-last", "NCHW"))
+@pytest.mark.parametrize("channels", ((8, 16), (3, 7), (5, 4)))
+@pytest.mark.parametrize("kind", (FactorizedReduce, UpsampleProject))
+def test_a_rewritten_module_is_its_formula(within_budget, kind, channels, layout):
+    torch.manual_seed(0)
+    module = kind(*channels).to(memory_format=layout)
+    x = torch.randn(3, channels[0], 6, 10).contiguous(memory_format=layout)
+    exact = outcome(plain(copy.deepcopy(module)).double(), x.double())
+    for triple in zip(outcome(module, x), outcome(plain(copy.deepcopy(module)), x), exact, strict=True):
+        within_budget(*triple)
+
+
+def test_a_whole_model_is_its_formulas(within_budget):
+    model, x, z = build().to(memory_format=torch.channels_last).eval(), images(), noise()
+    x = x.contiguous(memory_format=torch.channels_last)
+    rival = plain(copy.deepcopy(model))
+    changed = {type(m) for m in model.modules()} & set(PLAIN)
+    assert changed == set(PLAIN) and not {type(m) for m in rival.modules()} & set(PLAIN)
+    exact = copy.deepcopy(rival).double()(x.double(), [t.double() for t in z])
+    for triple in zip(model(x, z), rival(x, z), exact, strict=True):
+        within_budget(*triple)
+
+
+def test_odd_sides_cannot_be_halved():
+    with pytest.raises(InputError, match="7x8 cannot be halved: expected even sides"):
+        FactorizedReduce(4, 8)(torch.zeros(1, 4, 7, 8))
