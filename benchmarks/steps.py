@@ -105,10 +105,11 @@ def check(got: tuple[float, Tensor], plain: tuple[float, Tensor], truth: tuple[f
     return {"ok": all(e <= b for e, b in pairs), "error": error, "budget": budget}
 
 
-def compiled(plain: Step, say: Callable[[str], None]) -> Step | None:
-    """The same step with the model's forward and loss, and their backward, under torch.compile; None where that fails. The
-    regularisers of the weights stay outside: with them Inductor of torch 2.13 stops with an error of its own."""
-    step = Step(copy.deepcopy(plain.model), copy.deepcopy(plain.spectral), plain.x, plain.noise, plain.impl)
+def compiled(ours: Step, say: Callable[[str], None]) -> Step | None:
+    """Our model on torch's own operations, its forward and loss, and their backward, under torch.compile; None where that
+    fails. The regularisers of the weights stay outside, and it has the rewrites of our modules: otherwise Inductor of torch
+    2.13 stops with an error of its own."""
+    step = Step(copy.deepcopy(ours.model), copy.deepcopy(ours.spectral), ours.x, ours.noise, "reference")
     model, inner = step.model, torch.compile(step.model.loss)
 
     def total() -> Tensor:
@@ -121,7 +122,7 @@ def compiled(plain: Step, say: Callable[[str], None]) -> Step | None:
     except Exception as error:  # of Dynamo, Inductor or the compiler it calls
         say(f"  no row for compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
-    step.spectral.load_state_dict(plain.spectral.state_dict())
+    step.spectral.load_state_dict(ours.spectral.state_dict())
     return step
 
 
@@ -130,7 +131,7 @@ def measure_step(
 ) -> list[dict[str, Any]]:
     """The rows of one preset's step, ours first."""
     steps = contenders(preset, device)
-    rival = compiled(steps["eager_channels_last"], say) if compile_too else None
+    rival = compiled(steps["ours:auto"], say) if compile_too else None
     if rival is not None:
         steps["compile"] = rival
     truth = steps.pop("exact").numbers()
