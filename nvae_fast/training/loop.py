@@ -28,6 +28,7 @@ from nvae_fast.training.data import loader
 from nvae_fast.training.log import RunLog, peak_memory
 from nvae_fast.training.signals import Interrupted, StopSignals
 from nvae_fast.training.state import Checkpoints, Progress, restore, training_state
+from nvae_fast.training.step import TrainingStep
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 
@@ -62,6 +63,7 @@ class Trainer:
         self.model.set_memory(options.memory)
         self.optimizer = make_optimizer(self.model)
         self.spectral = SpectralState(c.seed)
+        self.step = TrainingStep(self.model, self.optimizer, self.spectral, precision=options.precision)
         self.train_loader = loader(config, train, train=True, workers=options.workers)
         self.valid_loader = loader(config, valid, train=False, workers=options.workers)
         self.progress = Progress()
@@ -150,19 +152,13 @@ class Trainer:
         rate = learning_rate(p.step, len(self.train_loader), c)
         beta = kl_coefficient(p.step, self.total_steps, c)
         lam = norm_coefficient(beta, c)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(o.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
-            terms = self.model.loss(x, kl_coeff=beta, spectral_coeff=lam, spectral=self.spectral)
+        terms = self.step(x, rate=rate, kl_coeff=beta, norm_coeff=lam)
         loss, spectral, bn = (terms[name].item() for name in ("total", "spectral", "bn"))
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss became {loss} at step {p.step} (epoch {p.epoch}); the last checkpoint stands: raise "
                 "--weight_decay_norm or lower --learning_rate"
             )
-        terms["total"].backward()
-        self.optimizer.step()
         p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + loss
         shown = {}
         if p.step % o.log_every == 0 or p.batch == len(self.train_loader):
