@@ -24,13 +24,14 @@ class Loader:
 
     Args:
         batch_size: images per rank and batch.
-        train: shuffled, incomplete last batches dropped, every rank has the same number of batches. Otherwise in order,
-            nothing dropped or counted twice: ranks may differ by one image (so by one batch), and a rank may have none.
+        train: shuffled, an incomplete last batch dropped. Otherwise in order, nothing dropped or counted twice.
         padding: pixels of zeros on each side, added last.
         flip: mirror each training image left-right with probability 1/2.
         binarize: x = 1 with probability pixel/255, else 0; drawn anew in each training epoch, fixed in validation.
         workers: decoding threads of a source that is not in memory; 0: the smaller of 4 and the processors there are.
-        rank, world_size: this process takes every world_size-th image of the common order.
+        rank, world: this process and how many there are. Step t joined over the processes, in the order of their ranks, is
+            batch t of one process with batches of world * batch_size, bit for bit. The last batch of an evaluation is
+            shared out as evenly as it can be: a rank may have one batch less than another, or none.
         limit: only the first `limit` images of the source exist.
 
     Raises:
@@ -49,33 +50,33 @@ class Loader:
         binarize: bool = False,
         workers: int = 0,
         rank: int = 0,
-        world_size: int = 1,
+        world: int = 1,
         limit: int | None = None,
     ):
         for value, name, least in ((batch_size, "--batch-size", 1), (padding, "padding", 0), (workers, "workers", 0)):
             if value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
-        if not 0 <= rank < world_size:
-            raise InputError(f"rank {rank} of {world_size} processes, expected 0 to {world_size - 1}")
+        if not 0 <= rank < world:
+            raise InputError(f"rank {rank} of {world} processes, expected 0 to {world - 1}")
         if limit is not None and limit < 1:
             raise InputError(f"limit is {limit}, expected at least 1 image")
         self.source, self.batch_size, self.train = source, batch_size, train
         self._seed, self._padding, self._workers = seed, padding, workers
         self._flip, self._binarize = flip and train, binarize
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world = rank, world
         self._count = len(source) if limit is None else min(limit, len(source))
         self._epoch = self._start = 0
-        share = batch_size * world_size
+        share = batch_size * world
         if train:
             self._batches = self._count // share
             if not self._batches:
-                where = f" on each of {world_size} processes" if world_size > 1 else ""
-                fits = self._count // world_size
+                where = f" on each of {world} processes" if world > 1 else ""
+                fits = self._count // world
                 cure = f"use --batch-size {fits} or less" if fits else "use fewer processes and a smaller --batch-size"
                 raise InputError(f"{self._count} training images, expected at least a batch of {batch_size}{where}: {cure}")
         else:
-            mine = len(range(rank, self._count, world_size))
-            self._batches = -(-mine // batch_size)
+            whole, rest = divmod(self._count, share)
+            self._batches = whole + (rest > rank)  # np.array_split gives the first ranks the larger parts
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
@@ -94,9 +95,10 @@ class Loader:
             order = rng.permutation(self._count, self._seed, key_epoch, rng.SHUFFLE)
         else:
             order = np.arange(self._count)
-        mine = order[self._rank :: self._world_size]
-        size = self.batch_size
-        index = [mine[i * size : (i + 1) * size] for i in range(self._start, len(self))]
+        share = self.batch_size * self._world
+        index = [
+            np.array_split(order[i * share : (i + 1) * share], self._world)[self._rank] for i in range(self._start, len(self))
+        ]
         return self._run(index, key_epoch)
 
     def _run(self, index: list[np.ndarray], epoch: int) -> Iterator[torch.Tensor]:

@@ -50,9 +50,12 @@ def check_data(config: NVAEConfig, source: ImageSource) -> None:
 
 
 def loader(config: NVAEConfig, source: ImageSource, *, train: bool, batch_size: int | None = None, workers: int = 0,
-           limit: int | None = None) -> Loader:  # fmt: skip
-    """Batches [B, C, H, W] in [0, 1] of a source, padded, binarised and flipped as the configuration says."""
+           limit: int | None = None, rank: int = 0, world: int = 1) -> Loader:  # fmt: skip
+    """Batches [B, C, H, W] in [0, 1] of a source, padded, binarised and flipped as the configuration says.
+
+    `batch_size` is that of each process; `rank` and `world` as in `make_loader`.
+    """
     check_data(config, source)
     t = config.training
     return make_loader(source, batch_size or t.batch_size, train=train, seed=t.seed, padding=config.padding, flip=t.flip,
-                       binarize=t.binarize, workers=workers, limit=limit)  # fmt: skip
+                       binarize=t.binarize, workers=workers, limit=limit, rank=rank, world=world)  # fmt: skip

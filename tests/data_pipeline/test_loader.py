@@ -90,14 +90,30 @@ def test_a_resumed_epoch_gives_the_same_batches(numbered, lazy):
         again.set_epoch(0, 7)
 
 
-def test_random_numbers_do_not_depend_on_batch_size_or_rank(numbered):
+def test_random_numbers_do_not_depend_on_batch_size(numbered):
     source = MemorySource("m", numbered)
     one = rows(make_loader(source, 16, **RANDOM), 5)
     assert torch.equal(rows(make_loader(source, 4, **RANDOM), 5)[:48], one)
-    ranks = [list(make_loader(source, 8, **RANDOM, rank=r, world_size=2)) for r in (0, 1)]
-    assert [len(r) for r in ranks] == [3, 3]
-    joined = torch.stack([torch.cat(r) for r in ranks], 1).flatten(0, 1)  # rank r takes every second image of the order
-    assert torch.equal(joined, rows(make_loader(source, 16, **RANDOM)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_processes_together_see_the_batches_of_one(numbered, world, batch, train, lazy):
+    source = lazily(numbered) if lazy else MemorySource("m", numbered)
+    options = RANDOM | {"train": train}
+    one = make_loader(source, world * batch, **options)
+    ranks = [make_loader(source, batch, **options, rank=r, world=world) for r in range(world)]
+    for epoch, start in ((0, 0), (3, 1)):
+        for loader in (one, *ranks):
+            loader.set_epoch(epoch, min(start, len(loader)))
+        expected, parts = list(one), [list(rank) for rank in ranks]
+        assert [len(p) for p in parts] == [max(len(rank) - start, 0) for rank in ranks]
+        assert not train or len({len(rank) for rank in ranks} | {len(one)}) == 1
+        assert not train or {len(x) for part in parts for x in part} <= {batch}
+        for t, whole in enumerate(expected):
+            assert torch.equal(torch.cat([part[t] for part in parts if t < len(part)]), whole)
 
 
 def test_validation_is_in_order_and_fixed(numbered):
@@ -111,14 +127,14 @@ def test_validation_is_in_order_and_fixed(numbered):
     assert not torch.equal(drawn, rows(make_loader(source, 8, train=False, seed=4, binarize=True)))
 
 
-@pytest.mark.parametrize(("count", "world"), [(50, 3), (2, 3), (7, 2)])
+@pytest.mark.parametrize(("count", "world"), [(50, 3), (2, 3), (7, 2), (8, 2)])
 def test_validation_ranks_count_every_image_once(numbered, count, world):
     source = MemorySource("m", numbered)
-    loaders = [make_loader(source, 4, train=False, seed=0, rank=r, world_size=world, limit=count) for r in range(world)]
+    loaders = [make_loader(source, 4, train=False, seed=0, rank=r, world=world, limit=count) for r in range(world)]
     seen = [indices(loader) if len(loader) else np.array([], int) for loader in loaders]
     assert sorted(np.concatenate(seen).tolist()) == list(range(count))
     assert max(map(len, seen)) - min(map(len, seen)) <= 1
-    assert [len(loader) for loader in loaders] == [-(-len(s) // 4) for s in seen]
+    assert [len(loader) for loader in loaders] == [-(-len(s) // 4) for s in seen] == [len(list(x)) for x in loaders]
 
 
 def test_flips_and_draws_have_the_right_frequency():
@@ -160,12 +176,12 @@ def test_limit_and_wrong_numbers(numbered):
     assert set(indices(make_loader(source, 4, train=True, seed=0, limit=8))) == set(range(8))
     for options, message in [
         ({"batch_size": 60}, "50 training images, expected at least a batch of 60: use --batch-size 50 or less"),
-        ({"batch_size": 30, "world_size": 2}, "50 training .* 30 on each of 2 processes: use --batch-size 25 or less"),
-        ({"batch_size": 1, "world_size": 51}, "use fewer processes"),
+        ({"batch_size": 30, "world": 2}, "50 training .* 30 on each of 2 processes: use --batch-size 25 or less"),
+        ({"batch_size": 1, "world": 51}, "use fewer processes"),
         ({"batch_size": 0}, "--batch-size is 0, expected at least 1"),
         ({"padding": -1}, "padding is -1"),
         ({"limit": 0}, "limit is 0"),
-        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2"),
     ]:
         with pytest.raises(InputError, match=message):
             make_loader(source, **{"batch_size": 2, "train": True, "seed": 0, **options})
