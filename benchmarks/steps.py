@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast.benchmarks.memory import PeakMemory
 from nvae_fast.benchmarks.plain import plain
 from nvae_fast.benchmarks.timing import interleaved
 from nvae_fast.kernels._impl import use_impl
 from nvae_fast.layers.norm import bn_regularizer
+from nvae_fast.memory import PeakMemory
 from nvae_fast.model import NVAE
 from nvae_fast.optim import make_optimizer
 from nvae_fast.presets import PRESETS

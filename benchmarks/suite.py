@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nvae_fast.benchmarks.cases import Case
-from nvae_fast.benchmarks.memory import PeakMemory
 from nvae_fast.benchmarks.ops import Inputs, Tensors
 from nvae_fast.benchmarks.timing import interleaved
 from nvae_fast.kernels import _impl
+from nvae_fast.memory import PeakMemory
 
 PHASES = ("fwd", "fwd_bwd")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -86,6 +86,11 @@ def build_config(args: argparse.Namespace) -> tuple[NVAEConfig, bool]:
     return dataclasses.replace(base, training=training, **{k: v for k, v in given.items() if k in MODEL_FIELDS}), fit
 
 
+def precision_of(args: argparse.Namespace, device) -> str:
+    """--precision, or what "auto" stands for on the device."""
+    return args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
 def output_folder(args: argparse.Namespace, config: NVAEConfig) -> Path:
     """--out, or <root>/eval-<save> when one of these is given, or runs/<name>."""
     if args.out:
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     from nvae_fast.training.loop import Options
 
     device = device_of(args)
-    precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    precision = precision_of(args, device)
     train, valid = (open_split(config, split, image_size=args.image_size) for split in ("train", "valid"))
     if fit:
         config = fit_to_data(config, train, {k for k in ("padding", "binarize") if getattr(args, k) is not None})

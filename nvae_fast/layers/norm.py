@@ -80,6 +80,6 @@ def bn_regularizer(bns: list[nn.BatchNorm2d]) -> Tensor:
         return torch.zeros(())
     weights = torch.cat([bn.weight for bn in bns]).abs()
     sizes = torch.tensor([bn.num_features for bn in bns])
-    layer = torch.repeat_interleave(torch.arange(len(bns)), sizes).to(weights.device)
+    layer = torch.repeat_interleave(torch.arange(len(bns)), sizes, output_size=weights.numel()).to(weights.device)
     # as max does, its gradient is shared evenly among the largest
     return weights.new_zeros(len(bns)).scatter_reduce(0, layer, weights, "amax", include_self=False).sum()

@@ -6,8 +6,8 @@ import gc
 
 import torch
 
-from nvae_fast.benchmarks.memory import PeakMemory
 from nvae_fast.benchmarks.timing import interleaved
+from nvae_fast.memory import PeakMemory
 
 
 def test_rivals_take_turns():

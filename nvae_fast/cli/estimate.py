@@ -1,0 +1,62 @@
+"""Tell how much memory a training run takes, by part, and the largest batch that fits, before anything is trained.
+
+Takes the flags of `train`. Bytes are those of tensors: allocators, libraries and the process itself come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from nvae_fast.cli import train
+from nvae_fast.errors import InputError
+
+NAME = "estimate"
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def size(text: str) -> int:
+    """Bytes of "24GB", "24 GiB", "800M": powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise InputError(f"--budget={text}: expected a size such as 24GB or 800M")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    train.add_flags(parser)
+    parser.add_argument("--budget", help="memory to fit into, as 24GB [what this machine, or its GPU, has]")
+
+
+def run(args: argparse.Namespace) -> None:
+    budget = None if args.budget is None else size(args.budget)
+    config, _ = train.build_config(args)
+    from nvae_fast.cli.flags import device_of
+    from nvae_fast.estimate import Tracer, available_memory
+    from nvae_fast.kernels.inverted_residual import MEMORY
+
+    device = device_of(args)
+    precision = train.precision_of(args, device)
+    budget = available_memory(device) if budget is None else budget
+    tracer = Tracer(config, precision=precision)
+    batch = config.training.batch_size
+    found = {mode: tracer.footprint(mode, batch) for mode in MEMORY}
+    any_mode = next(iter(found.values()))
+    height, width = config.image_size
+    print(
+        f"{config.name}: {tracer.parameters / 1e6:.2f} M parameters, {len(config.latent_shapes)} latent groups, images of "
+        f"{config.channels}x{height}x{width}, batch {batch}, {precision}"
+    )
+    for name, part in (("weights", any_mode.weights), ("gradients", any_mode.gradients), ("optimiser", any_mode.optimizer)):
+        print(f"  {name:10s} {readable(part):>10s}")
+    print(f"  --memory   kept for backward   peak of a step   an image more   largest batch in {readable(budget)}")
+    for mode, f in found.items():
+        print(
+            f"  {mode:10s} {readable(f.kept):>17s}   {readable(f.peak):>14s}   {readable(f.per_image):>13s}   "
+            f"{f.largest_batch(budget):16d}"
+        )
+
+
+def readable(count: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
