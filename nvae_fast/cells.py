@@ -53,16 +53,24 @@ _RESIDUAL_OPS = {  # activation, BN before it, dilation of the 3x3
 
 
 class ActConv(nn.Module):
-    """[BN] -> activation -> [nearest x2] -> weight-normalised 3x3 convolution (data-initialised without BN)."""
+    """[BN] -> activation -> [nearest x2] -> weight-normalised 3x3 convolution (data-initialised without BN).
+
+    `memory`, which may be set at any time: "fast" keeps what the convolution reads for backward, "balanced" and "low" compute
+    it again.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, act: str, bn: bool, stride: int, dilation: int) -> None:
         super().__init__()
-        self.act, self.upsample = act, stride == -1
+        self.act, self.upsample, self.memory = act, stride == -1, "balanced"
         self.bn = BatchNormAct2d(in_channels, BN_EPS, BN_MOMENTUM, act=act) if bn else None
         self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
                                      dilation, data_init=not bn)  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if self.bn is not None and self.memory != "fast" and not self.upsample:
+            return F.conv2d(x, conv.effective_weight(), conv.bias, norm=self.bn.norm, act=self.act, stride=conv.stride[0],
+                            padding=conv.padding[0], dilation=conv.dilation[0])  # fmt: skip
         x = tf.elu(x) if self.bn is None else self.bn(x)
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")

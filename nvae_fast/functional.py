@@ -2,6 +2,7 @@
 
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.bn_act import bn_act
+from nvae_fast.kernels.conv2d import conv2d
 from nvae_fast.kernels.depthwise_conv import depthwise_conv
 from nvae_fast.kernels.flow_cell import flow_cell
 from nvae_fast.kernels.inverted_residual import inverted_residual
@@ -28,6 +29,7 @@ __all__ = [
     "Norm",
     "ResidualNormalOutput",
     "bn_act",
+    "conv2d",
     "depthwise_conv",
     "flow_cell",
     "inverted_residual",

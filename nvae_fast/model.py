@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
-from nvae_fast.cells import ARCHITECTURES, Cell, DecoderCombiner, EncoderCombiner
+from nvae_fast.cells import ARCHITECTURES, ActConv, Cell, DecoderCombiner, EncoderCombiner
 from nvae_fast.config import NVAEConfig
 from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
 from nvae_fast.errors import InputError
@@ -248,11 +248,12 @@ class NVAE(nn.Module):
         return [m for m in self.modules() if isinstance(m, BatchNormAct2d)]
 
     def set_memory(self, mode: str) -> NVAE:
-        """What decoder cells keep for backward: "fast", "balanced" or "low" (`functional.inverted_residual`). Returns self."""
+        """What cells keep for backward: "fast", "balanced" or "low" (`functional.inverted_residual`, `functional.conv2d`).
+        Returns self."""
         if mode not in MEMORY:
             raise InputError(f"memory '{mode}': expected one of {', '.join(MEMORY)}")
         for module in self.modules():
-            if isinstance(module, InvertedResidual):
+            if isinstance(module, (InvertedResidual, ActConv)):
                 module.memory = mode
         return self
 

@@ -174,6 +174,10 @@ def depthwise(t, n, impl, act="swish", **options):
     return F.depthwise_conv(t[0], t[1], norm=n[0] if n else None, act=act if n else "identity", impl=impl, **options)
 
 
+def dense(t, n, impl, act="swish", **options):
+    return F.conv2d(*t, norm=n[0], act=act, impl=impl, **options)
+
+
 def branch(t, n, impl, **options):
     return F.inverted_residual(*t, n, impl=impl, **options)
 
@@ -210,6 +214,12 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
         "depthwise plain": (depthwise, [x, w], []),
         "depthwise stride 2": (lambda t, n, i: depthwise(t, n, i, stride=2), [x, w], [norm(20)]),
         "depthwise upsample": (lambda t, n, i: depthwise(t, n, i, upsample=2), [x, w], [norm(20)]),
+        "dense": (lambda t, n, i: dense(t, n, i, padding=1), [x, tensor(9, 20, 3, 3, scale=0.1), tensor(9)], [norm(20)]),
+        "dense stride 2": (
+            lambda t, n, i: dense(t, n, i, padding=1, stride=2),
+            [x, tensor(9, 20, 3, 3, scale=0.1)],
+            [norm(20)],
+        ),
         "branch": (branch, *mix),
         "branch low": (lambda t, n, i: branch(t, n, i, memory="low"), *mix),
         "branch stride 2": (lambda t, n, i: branch(t, n, i, stride=2, memory="fast"), *mix),

@@ -1,0 +1,59 @@
+"""y = conv2d(a, weight) + bias, a = act(norm(x))
+
+`impl="auto"` takes the implementation that `bn_act` would take of x: with it a is not kept for backward but computed again.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nvae_fast.kernels import _auto, _impl, _norm, _norm_conv
+from nvae_fast.kernels.bn_act import ops as bn_act_ops
+from nvae_fast.kernels.conv2d import ops, reference
+
+_impl.register("conv2d", triton=bn_act_ops.triton_can_run, cpu=bn_act_ops.cpu_can_run)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: _norm.Norm,
+    act: str = "identity",
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    impl: str = "auto",
+) -> Tensor:
+    """A dense convolution behind a batch normalisation and an activation, which are not kept but computed again in backward.
+
+    x [N, C, H, W], any strides; weight [C_out, C, k, k], bias [C_out] or None. Zeros are padded around a = act(norm(x)). The
+    convolution is torch's (oneDNN, cuDNN) in the dtype of x (under autocast: in autocast's). Kept for backward: x, the weight
+    and 5 C floats, half of what the modules keep; the price is one more elementwise pass over x.
+
+    norm: a `Norm` over C channels. In training its running statistics move, once.
+    act: "identity", "swish" or "elu".
+    impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too), of the normalisation. The reference
+        keeps a, and alone can be differentiated twice.
+
+    Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
+    """
+    x, weight = _norm_conv.check(x, weight, norm, act)
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [C_out, {x.shape[1]}, k, k]")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: expected {tuple(weight.shape[:1])}")
+        bias = bias.to(weight.dtype)
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if value < least:
+            raise ValueError(f"{name} {value}: expected at least {least}")
+    sizes = stride, padding, dilation
+    impl = _auto.choose("conv2d", impl, [x], [weight], fused=True)
+    if _impl.resolve_impl("conv2d", impl, x) == "reference":
+        return reference.conv2d(_norm_conv.normalised(x, norm, act), weight, bias, *sizes)
+    code = _norm.ACTIVATIONS.index(act)
+    y, bn = ops.NormConv2d.apply(x, weight, bias, *_norm.tensors(norm), _norm.config(norm), code, sizes)
+    _norm.move_running([norm], [bn], [x.numel() // max(x.shape[1], 1)])
+    return y

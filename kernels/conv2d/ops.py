@@ -1,0 +1,57 @@
+"""Autograd of `conv2d`: torch's convolution between the native stages of `bn_act`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_fast.kernels import _norm
+from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels.conv2d.reference import conv2d
+
+
+class NormConv2d(torch.autograd.Function):
+    """Returns (conv2d(act(norm(x)), weight, bias), bn); keeps x, the weight and bn [5, C], and computes act(norm(x)) again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        found: Tensor | None,
+        config: _norm.NormConfig,
+        act: int,
+        sizes: tuple[int, int, int],
+    ) -> tuple[Tensor, Tensor]:
+        bn, count = _norm.coefficients(x, found, gamma, beta, config)
+        y = conv2d(torch.ops.nvae_fast.bn_act_fwd(x, bn, act), weight, bias, *sizes)
+        ctx.save_for_backward(x, weight, bn)
+        ctx.settings = config, act, sizes, count, None if bias is None else [len(bias)]
+        ctx.mark_non_differentiable(bn)
+        return y, bn
+
+    @staticmethod
+    @first_order("conv2d")
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        raw = torch.ops.nvae_fast
+        x, weight, bn = ctx.saved_tensors
+        config, act, (stride, padding, dilation), count, bias = ctx.settings
+        wanted = ctx.needs_input_grad
+        parts = any(wanted[i] for i in (0, 3, 4))  # whether the normalisation is differentiated
+        a = raw.bn_act_fwd(x, bn, act)
+        da, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, a, weight, bias, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1,
+            [parts, wanted[1], bias is not None and wanted[2]],
+        )  # fmt: skip
+        del a
+        dx = dgamma = dbeta = None
+        if parts:
+            sums = raw.bn_act_sums(da, x, bn, act)
+            c, dgamma, dbeta = _norm.gradients(sums, bn, count, config)
+            dx = raw.bn_act_bwd(da, x, bn, act, c)
+        return dx, dweight, dbias, dgamma if wanted[3] else None, dbeta if wanted[4] else None, None, None, None, None
