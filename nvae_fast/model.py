@@ -131,8 +131,12 @@ class NVAE(nn.Module):
                 h = module(h)
         return [self.enc0(h), *reversed(features)]
 
-    def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> NVAEOutput:
-        """The top-down pass with every latent drawn from its posterior, given the features of `bottom_up`."""
+    def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None,
+                         latents: list[Tensor] | None = None) -> NVAEOutput:  # fmt: skip
+        """The top-down pass with every latent drawn from its posterior, given the features of `bottom_up`.
+
+        The latents [B, Z, h, w] are appended to `latents`, top-down, where that is given; `decode` takes them back.
+        """
         noise = self._check_noise(noise, features[0].shape[0])
         combiners = [m for m in reversed(self.enc_tower) if isinstance(m, EncoderCombiner)]
         kl, log_q, log_p = [], [], []
@@ -153,6 +157,8 @@ class NVAE(nn.Module):
             kl.append(kl_i)
             log_q.append(out.log_q)
             log_p.append(log_p_i)
+            if latents is not None:
+                latents.append(z)
             return z
 
         logits = self._top_down(posterior, features[0].shape[0])
