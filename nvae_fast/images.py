@@ -1,4 +1,4 @@
-"""Grids of images as PNG files."""
+"""Grids of images as PNG files, and sets of images as arrays."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def grid(images: Tensor, columns: int, *, gap: int = 2, min_side: int = 64) -> I
 
     One channel is shown grey, three in colour; of any other number only the first.
     """
-    images = images.detach().float().cpu().clamp(0, 1)
     if images.shape[1] not in (1, 3):
         images = images[:, :1]
-    n, channels, height, width = images.shape
+    n, _, height, width = images.shape
     factor = max(1, -(-min_side // min(height, width)))
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    levels = to_levels(images)
+    pixels = np.broadcast_to(levels, (*levels.shape[:3], 3))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = height * factor, width * factor
     rows = -(-n // columns)
@@ -31,6 +31,17 @@ def grid(images: Tensor, columns: int, *, gap: int = 2, min_side: int = 64) -> I
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = pixels[i]
     return Image.fromarray(canvas)
+
+
+def to_levels(images: Tensor) -> np.ndarray:
+    """Images [N, C, H, W] in [0, 1] as uint8 [N, H, W, C], rounded to the nearest level."""
+    return (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def save_npz(images: Tensor, path: str | Path) -> None:
+    """Write `to_levels(images)` as the array `images` of a compressed .npz file, which `--data` reads."""
+    levels = to_levels(images)
+    atomic_write(path, lambda file: np.savez_compressed(file, images=levels))
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from nvae_fast.errors import InputError
 from nvae_fast.model import NVAE
 
 CONFIG, MODEL, TRAINING, META = "config.json", "model.safetensors", "training.safetensors", "training.json"
+EMA = "ema/"  # in front of the names of averaged weights in training.safetensors
 
 
 def save_model(model: NVAE, directory: str | Path) -> None:
@@ -28,12 +29,31 @@ def save_model(model: NVAE, directory: str | Path) -> None:
     atomic_write(directory / MODEL, lambda file: _save_tensors(model.state_dict(), file.name))
 
 
-def load_model(directory: str | Path) -> NVAE:
-    """The model saved in `directory`, in eval mode."""
+def load_model(directory: str | Path, *, averaged: bool = False) -> NVAE:
+    """The model saved in `directory`, in eval mode; with `averaged` the weights' moving average where there is one."""
     directory = resolve_checkpoint(directory)
     model = NVAE(read_config(directory))
     load_weights(model, directory)
+    if averaged:
+        model.load_state_dict(averaged_weights(directory, model), strict=False)
     return model.eval()
+
+
+def averaged_weights(directory: str | Path, model: NVAE) -> dict[str, Tensor]:
+    """The exponential moving average in a checkpoint folder by name in the model's state: tensors `ema/<name>` of
+    training.safetensors. Empty without them; InputError when some do not fit the model."""
+    path = Path(directory) / TRAINING
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(EMA)]
+            found = {name.removeprefix(EMA): file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"'{path}' is damaged ({error}): use another checkpoint") from None
+    if found:
+        check_keys(dict(model.named_parameters()) | {k: t for k, t in model.named_buffers() if k in found}, found)
+    return found
 
 
 def load_weights(model: NVAE, directory: str | Path) -> None:

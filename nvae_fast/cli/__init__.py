@@ -1,4 +1,4 @@
-"""The command line: `nvae-fast train | evaluate | sample | reconstruct | convert | estimate | bench | env`."""
+"""The command line: `nvae-fast COMMAND`; COMMANDS lists them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ import sys
 from collections.abc import Sequence
 
 from nvae_fast._version import __version__
-from nvae_fast.cli import bench, convert, env, estimate, evaluate, reconstruct, sample, train
+from nvae_fast.cli import (
+    bench,
+    convert,
+    decode,
+    encode,
+    env,
+    estimate,
+    evaluate,
+    interpolate,
+    reconstruct,
+    sample,
+    train,
+    traverse,
+)
 from nvae_fast.cli.flags import Parser, underscored
 from nvae_fast.errors import InputError, RunError
 
-COMMANDS = {module.NAME: module for module in (train, evaluate, sample, reconstruct, convert, estimate, bench, env)}
+COMMANDS = {
+    module.NAME: module
+    for module in (train, evaluate, sample, reconstruct, interpolate, traverse, encode, decode, convert, estimate, bench, env)
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

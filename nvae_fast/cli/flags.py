@@ -214,14 +214,17 @@ def image_size(text: str) -> tuple[int, int]:
 
 def load_model(path: str | Path | None, args: argparse.Namespace) -> NVAE:
     """The model at `path` (run folder, checkpoint folder or official .pt file) on the device of the flags, in eval mode."""
+    import torch
+
     import nvae_fast
     from nvae_fast.checkpoint.native import load_model as load_native
 
     if path is None:
         raise InputError("no checkpoint given: name a run folder, a checkpoint folder or an official checkpoint.pt")
     device = device_of(args)
-    model = nvae_fast.load_nvlabs_checkpoint(path) if Path(path).is_file() else load_native(path)
-    return model.to(device)
+    averaged = getattr(args, "ema", True)
+    model = nvae_fast.load_nvlabs_checkpoint(path) if Path(path).is_file() else load_native(path, averaged=averaged)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def with_data(config: NVAEConfig, args: argparse.Namespace) -> NVAEConfig:
