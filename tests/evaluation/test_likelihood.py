@@ -1,4 +1,4 @@
-"""The likelihood of many draws at a time: the same numbers however they are batched and over however many processes."""
+"""The likelihood of many draws at a time: the same numbers however they are batched."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import distributed as dist
 
 from nvae_fast import InputError
 from nvae_fast.evaluation import evaluate, noise_generator
@@ -108,24 +106,3 @@ def test_streams_of_noise_do_not_overlap():
     draws = [torch.randn(4, generator=noise_generator(torch.device("cpu"), *s)) for s in ((1,), (1, 0), (1, 1), (1, 2), (2,))]
     assert torch.equal(draws[0], draws[1])
     assert len({tuple(d.tolist()) for d in draws}) == 4
-
-
-def _rank(rank: int, store: str, model, images, expected) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        mine = [images[:5], images[5:8]] if rank == 0 else [images[8:]]  # unequal shares and numbers of batches
-        result = evaluate(model, mine, num_iw_samples=1)
-        assert result.images == 12 and result.recon == pytest.approx(expected.recon, abs=5 * expected.nelbo_se)
-        gathered = [None, None]
-        dist.all_gather_object(gathered, result)
-        assert gathered[0] == gathered[1]
-        alone = evaluate(model, [images[:5], images[5:8]] if rank == 0 else [], num_iw_samples=1)  # one rank has no images
-        assert alone.images == 8
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_processes_share_the_images(make, images, tmp_path):
-    model = make()
-    mp.spawn(_rank, (str(tmp_path / "store"), model, images, evaluate(model, [images])), nprocs=2)
