@@ -17,6 +17,7 @@ from nvae_fast.cli import (
     evaluate,
     interpolate,
     reconstruct,
+    report,
     sample,
     train,
     traverse,
@@ -24,10 +25,22 @@ from nvae_fast.cli import (
 from nvae_fast.cli.flags import Parser, underscored
 from nvae_fast.errors import InputError, RunError
 
-COMMANDS = {
-    module.NAME: module
-    for module in (train, evaluate, sample, reconstruct, interpolate, traverse, encode, decode, convert, estimate, bench, env)
-}
+MODULES = (  # in the order of --help
+    train,
+    evaluate,
+    sample,
+    reconstruct,
+    interpolate,
+    traverse,
+    encode,
+    decode,
+    report,
+    convert,
+    estimate,
+    bench,
+    env,
+)
+COMMANDS = {module.NAME: module for module in MODULES}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,18 @@
+"""Write a run as one HTML file: curves, KL by group, pictures, scores, configuration."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "report"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--out", help="file to write [report.html in the run folder]")
+
+
+def run(args: argparse.Namespace) -> None:
+    from nvae_fast.report import write_report
+
+    print(f"report: {write_report(args.run, args.out)}")
