@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -276,11 +276,20 @@ class NVAE(nn.Module):
         save_model(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> NVAE:
-        """The model that `save_pretrained` wrote, in eval mode."""
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None, **options: Any) -> NVAE:
+        """The model in a folder (that `save_pretrained` wrote, or a run's), or of that name ("owner/model") on the Hugging Face
+        Hub, in eval mode. `options`: cache_dir, token, local_files_only, as `nvae_fast.hub.fetch` takes them."""
         from nvae_fast.checkpoint.native import load_model
+        from nvae_fast.hub import fetch
 
-        return load_model(directory)
+        return load_model(fetch(name_or_folder, revision=revision, **options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with a model card to the Hugging Face Hub and return the page's address; `options` are those of
+        `nvae_fast.hub.push`: run, license, revision, private, message, token."""
+        from nvae_fast.hub import push
+
+        return push(self, repo_id, **options)
 
     def _check_images(self, x: Tensor) -> None:
         expected = (self.config.channels, *self.config.image_size)
