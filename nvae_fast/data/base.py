@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from ..errors import InputError
+from .corrupt import Corrupt, CorruptImage
 from .rng import SPLIT, permutation
 from .transforms import Transform, size_text
 
@@ -26,7 +27,11 @@ code path, nothing is decoded in the training loop, and every bad file is found 
 
 @dataclass(frozen=True)
 class Request:
-    """Which images to read, and how. `channels` is None where the data decide; `size` in `transform` likewise."""
+    """Which images to read, and how. `channels` is None where the data decide; `size` in `transform` likewise.
+
+    `max_corrupt` unreadable images are passed over; `keep_small`: a small set is decoded at once and kept; `shards`,
+    `images_per_epoch` and `window` are those of a stream (stream.py).
+    """
 
     path: Path
     name: str
@@ -35,6 +40,18 @@ class Request:
     valid_fraction: float
     transform: Transform = field(default_factory=Transform)
     channels: int | None = None
+    max_corrupt: int = 0
+    shards: tuple[str, ...] = ()
+    images_per_epoch: int | None = None
+    window: int = 1000
+    keep_small: bool = True
+
+
+class Rows(NamedTuple):
+    """Images of a batch: uint8 [B,H,W,C], a new array; and which of the rows asked for they are, int64 [B]."""
+
+    images: np.ndarray
+    kept: np.ndarray
 
 
 class ImageSource:
@@ -58,13 +75,37 @@ class ImageSource:
     def __getitem__(self, index: int) -> np.ndarray:
         if not -self._count <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
-        return self.batch(np.array([index % self._count]))[0]
+        return self._one(index % self._count, None)
+
+    def fitted(self, image: np.ndarray, name: str, transform: Transform, u: np.ndarray | None) -> np.ndarray:
+        """The image in the size of this source."""
+        image = transform(image, name, u)
+        expected = (self.height, self.width, self.channels)
+        if image.shape != expected:
+            raise InputError(f"{name} is {size_text(image.shape)}, expected {size_text(expected)}: give --image-size")
+        return image
+
+    def rows(self, images: Sequence[np.ndarray | None], other: Callable[[int], np.ndarray] | None) -> Rows:
+        """A batch of images, None where one cannot be read: left out, or replaced by other(row)."""
+        kept = [row for row, image in enumerate(images) if image is not None or other is not None]
+        out = np.empty((len(kept), self.height, self.width, self.channels), np.uint8)
+        for place, row in enumerate(kept):
+            image = images[row]
+            out[place] = other(row) if image is None and other is not None else image
+        return Rows(out, np.array(kept, np.int64))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self)} images, {self.height}x{self.width}x{self.channels})"
 
-    def batch(self, index: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
-        """A new uint8 array [B,H,W,C]; u [B,2] places random crops. Safe to call from several threads."""
+    def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
+        """uint8 [H,W,C] of one image; raises CorruptImage where it cannot be read."""
+        raise NotImplementedError
+
+    def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
+        """The images of these indices; u [B,2] places random crops. Safe to call from several threads.
+
+        An image that cannot be read is left out, or with `replace` the next one that can be read takes its place.
+        """
         raise NotImplementedError
 
 
@@ -76,12 +117,22 @@ class MemorySource(ImageSource):
         self._array = np.require(images, np.uint8, ["C", "W"])
         self.images = torch.from_numpy(self._array)
 
-    def batch(self, index: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
-        return self._array[index]
+    def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
+        return self._array[index].copy()
+
+    def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
+        return Rows(self._array[index], np.arange(len(index)))
 
 
 class LazySource(ImageSource):
-    """Images decoded when they are asked for: read(i) gives uint8 [h,w,C], label(i) the name for messages."""
+    """Images decoded when they are asked for.
+
+    Args:
+        read: index -> uint8 [h,w,C]; raises CorruptImage.
+        label: index -> the name for messages.
+        corrupt: counts the unreadable images; None: none is allowed.
+        stored: index -> the bytes of the image's file, where there is one.
+    """
 
     def __init__(
         self,
@@ -91,29 +142,44 @@ class LazySource(ImageSource):
         read: Callable[[int], np.ndarray],
         label: Callable[[int], str],
         transform: Transform,
+        corrupt: Corrupt | None = None,
+        stored: Callable[[int], bytes] | None = None,
     ):
         super().__init__(name, count, shape)
-        self._read, self._label, self._transform = read, label, transform
+        self._read, self._label, self._transform, self.stored = read, label, transform, stored
         self.random_crop = transform.random_crop
+        self.corrupt = Corrupt(0) if corrupt is None else corrupt
 
     def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
-        name = self._label(index)
-        image = self._transform(self._read(index), name, u)
-        expected = (self.height, self.width, self.channels)
-        if image.shape != expected:
-            raise InputError(f"{name} is {size_text(image.shape)}, expected {size_text(expected)}: give --image-size")
-        return image
+        return self.fitted(self._read(index), self._label(index), self._transform, u)
 
-    def batch(self, index: np.ndarray, u: np.ndarray | None = None) -> np.ndarray:
-        out = np.empty((len(index), self.height, self.width, self.channels), np.uint8)
-        for row, i in enumerate(index.tolist()):
-            out[row] = self._one(i, None if u is None else u[row])
-        return out
+    def _try(self, index: int, u: np.ndarray | None) -> np.ndarray | None:
+        """The image, or None where it cannot be read."""
+        if self._label(index) in self.corrupt:
+            return None
+        try:
+            return self._one(index, u)
+        except CorruptImage as error:
+            self.corrupt.add(self._label(index), error)
+            return None
+
+    def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
+        def next_one(row: int) -> np.ndarray:
+            others = ((int(index[row]) + i) % self._count for i in range(1, self._count))
+            found = next((x for i in others if (x := self._try(i, None if u is None else u[row])) is not None), None)
+            if found is None:
+                raise InputError(f"'{self.name}': none of the {self._count} images can be read")
+            return found
+
+        images = [self._try(i, None if u is None else u[row]) for row, i in enumerate(index.tolist())]
+        return self.rows(images, next_one if replace else None)
 
     def in_memory(self) -> MemorySource:
-        """The same images, decoded now."""
-        parts = parallel(lambda i: self._one(i, None), range(len(self)))
-        return MemorySource(self.name, np.stack(parts))
+        """The same images, decoded now, without those that cannot be read."""
+        images = [x for x in parallel(lambda i: self._try(i, None), range(len(self))) if x is not None]
+        if not images:
+            raise InputError(f"'{self.name}': none of the {self._count} images can be read")
+        return MemorySource(self.name, np.stack(images))
 
 
 def keep_small(source: LazySource) -> ImageSource:

@@ -1,13 +1,10 @@
 """Image files in a folder or in a zip archive.
 
-Which files: those ending in IMAGE_SUFFIXES, at any depth, in the order of their names. Hidden files and the thumbnails
-that systems leave behind are passed over; any other file is an error that names it. Sub-folders `train` and one of
-`valid`, `validation`, `val`, `test` are the two splits (what lies beside them is then not looked at); otherwise a
-seeded permutation is cut.
-
-Which pixels: a set whose every image is grey (modes 1, L, LA and 16-bit grey, scaled to 8 bits) has one channel, any
-other set three. Transparency is shown on white, EXIF orientation is obeyed, palettes are looked up, and of an animation
-the first frame counts.
+Which files: those ending in IMAGE_SUFFIXES, at any depth (the names of sub-folders, such as classes, mean nothing), in the
+order of their names. Hidden files and the thumbnails that systems leave behind are passed over; any other file is an error
+that names it. Sub-folders `train` and one of `valid`, `validation`, `val`, `test` are the two splits (what lies beside them is
+then not looked at); CelebA's `list_eval_partition.txt` is obeyed (0 trains, 1 validates, the rest is left out); otherwise a
+seeded permutation is cut. Which pixels: see decode.py.
 """
 
 from __future__ import annotations
@@ -16,22 +13,22 @@ import os
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import InputError
 from .base import ImageSource, LazySource, Request, find_pair, keep_small, one_line, parallel, split_indices
+from .corrupt import Corrupt, CorruptImage
+from .decode import IMAGE_SUFFIXES, decode, head, read_file
 from .transforms import size_text
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-# Pillow looks at the content, not at the name: without a list, a .png that is PostScript would start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _IGNORED = ("thumbs.db", "desktop.ini", "__macosx")
+_PARTITION = "list_eval_partition.txt"
+_MAX_PARTITION = 64 * 2**20  # bytes: CelebA's has 5 MB
 
 
 class Folder:
@@ -53,7 +50,8 @@ class Folder:
                     seen.add(real)
                     kept.append(name)
             folders[:] = kept
-            self.names += [Path(root, name).relative_to(path).as_posix() for name in files]
+            inner = Path(root).relative_to(path).as_posix()
+            self.names += files if inner == "." else [f"{inner}/{name}" for name in files]
 
     def label(self, name: str) -> str:
         return str(self.path / name)
@@ -69,9 +67,9 @@ class Archive:
         self.path = path
         try:
             self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+            self.names = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
             raise InputError(f"{path} is not a readable zip archive: {one_line(error)}") from None
-        self.names = [info.filename for info in self._zip.infolist() if not info.is_dir()]
 
     def label(self, name: str) -> str:
         return f"{self.path}:{name}"
@@ -94,29 +92,59 @@ def read_zip(request: Request) -> ImageSource:
 
 def _read(request: Request, files: Folder | Archive) -> ImageSource:
     every, chosen = _select(request, files)
+    corrupt = Corrupt(request.max_corrupt)
     with warnings.catch_warnings():
-        # Pillow warns above its pixel limit and refuses only above twice the limit: here both are refused
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        heads = parallel(lambda name: _head(files, name), every)  # (is grey, (height, width))
-    channels = request.channels or (1 if all(grey for grey, _ in heads) else 3)
-    size = request.transform.size
+        # Pillow warns above its pixel limit; decode.py refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        size, channels = _shape(request, files, every, corrupt)
+        chosen = [name for name in chosen if files.label(name) not in corrupt]
+        if not chosen:
+            raise InputError(f"{files.path}: none of the images of the {request.split} part can be read")
+
+        source = LazySource(
+            request.name,
+            len(chosen),
+            (*size, channels),
+            lambda i: decode(partial(files.open, chosen[i]), files.label(chosen[i]), channels),
+            lambda i: files.label(chosen[i]),
+            request.transform,
+            corrupt,
+            lambda i: read_file(partial(files.open, chosen[i]), files.label(chosen[i])),
+        )
+        return keep_small(source) if request.keep_small else source
+
+
+def _shape(request: Request, files: Folder | Archive, names: Sequence[str], corrupt: Corrupt) -> tuple[tuple[int, int], int]:
+    """((height, width), channels) of a set; reads no more headers than are needed to know them."""
+
+    def look(name: str) -> tuple[bool, tuple[int, int]] | None:
+        try:
+            return head(partial(files.open, name), files.label(name))
+        except CorruptImage as error:
+            corrupt.add(files.label(name), error)
+            return None
+
+    size, channels = request.transform.size, request.channels
+    if size is not None and channels is not None:
+        return size, channels
+    heads: dict[str, tuple[bool, tuple[int, int]]] = {}
+    for start in range(0, len(names), 1024):
+        some = names[start : start + 1024]
+        found = parallel(look, some)
+        heads |= {name: h for name, h in zip(some, found, strict=True) if h is not None}
+        if size is not None and not all(grey for grey, _ in heads.values()):
+            break  # one colour image makes the set coloured, and the size is given
+    if not heads:
+        raise InputError(f"{files.path}: none of the {len(names)} images can be read")
     if size is None:
-        size, _ = Counter(shape for _, shape in heads).most_common(1)[0]
-        odd = next((i for i, (_, shape) in enumerate(heads) if shape != size), None)
+        size, _ = Counter(shape for _, shape in heads.values()).most_common(1)[0]
+        odd = next((name for name, (_, shape) in heads.items() if shape != size), None)
         if odd is not None:
             raise InputError(
-                f"{files.label(every[odd])} is {size_text(heads[odd][1])}, expected {size_text(size)} (height x width) "
+                f"{files.label(odd)} is {size_text(heads[odd][1])}, expected {size_text(size)} (height x width) "
                 f"like most of the others: use --image-size to bring all to one size"
             )
-    source = LazySource(
-        request.name,
-        len(chosen),
-        (*size, channels),
-        lambda i: decode(lambda: files.open(chosen[i]), files.label(chosen[i]), channels),
-        lambda i: files.label(chosen[i]),
-        request.transform,
-    )
-    return keep_small(source)
+    return size, channels or (1 if all(grey for grey, _ in heads.values()) else 3)
 
 
 def _ignored(name: str) -> bool:
@@ -126,17 +154,9 @@ def _ignored(name: str) -> bool:
 def _select(request: Request, files: Folder | Archive) -> tuple[list[str], list[str]]:
     """Names of the images of both splits (they must agree in size and channels), and of the split that is asked for."""
     names = sorted(name for name in files.names if not _ignored(name))
-    parts = [name.split("/") for name in names]
-    depth = 0  # folders that wrap everything, as archives often have
-    while parts and all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
-        depth += 1
-    groups: dict[str, list[str]] = {}
-    for name, p in zip(names, parts, strict=True):
-        if len(p) > depth + 1:
-            groups.setdefault(p[depth].lower(), []).append(name)
-    pair = find_pair(groups)
+    pair = _partition(files, names) or _folders(names)
     if pair is not None:
-        names = groups[pair[0]] + groups[pair[1]]
+        names = pair[0] + pair[1]
     foreign = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES)]
     if foreign:
         more = f" (and {len(foreign) - 1} more such files)" if len(foreign) > 1 else ""
@@ -147,55 +167,37 @@ def _select(request: Request, files: Folder | Archive) -> tuple[list[str], list[
     if not names:
         raise InputError(f"no images in {files.path}: expected files named *{', *'.join(IMAGE_SUFFIXES)}")
     if pair is not None:
-        return names, groups[pair[0] if request.split == "train" else pair[1]]
+        return names, pair[0 if request.split == "train" else 1]
     return names, [names[i] for i in split_indices(request, len(names))]
 
 
-def _failed(label: str, error: Exception) -> InputError:
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return InputError(f"{label} has over {Image.MAX_IMAGE_PIXELS} pixels (Pillow's limit): shrink it or take it out")
-    if isinstance(error, Image.UnidentifiedImageError):
-        return InputError(f"{label} is no image of a known kind ({', '.join(_FORMATS)}): replace it or take it out")
-    return InputError(f"{label} cannot be decoded ({one_line(error)}): replace it or take it out")
+def _folders(names: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """The files below a folder `train` and below one of `valid` or the like, if both are there."""
+    parts = [name.split("/") for name in names]
+    depth = 0  # folders that wrap everything, as archives often have
+    while parts and all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
+        depth += 1
+    groups: dict[str, list[str]] = {}
+    for name, p in zip(names, parts, strict=True):
+        if len(p) > depth + 1:
+            groups.setdefault(p[depth].lower(), []).append(name)
+    pair = find_pair(groups)
+    return None if pair is None else (groups[pair[0]], groups[pair[1]])
 
 
-def _head(files: Folder | Archive, name: str) -> tuple[bool, tuple[int, int]]:
-    """Whether the image is grey, and (height, width) as it is to be shown; reads the header only."""
-    try:
-        with files.open(name) as stream, Image.open(stream, formats=_FORMATS) as image:
-            # versions of Pillow differ in whether the size of a turned TIFF is the stored or the shown one
-            stored = image.format == "TIFF"
-            width, height = (image.tag_v2[256], image.tag_v2[257]) if stored else image.size  # type: ignore[attr-defined]
-            # asked for the EXIF of a PNG without one in front, Pillow decodes all of it to look behind the pixels
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            turned = exif.get(0x0112) in (5, 6, 7, 8)
-            return image.mode in _GREY, (width, height) if turned else (height, width)
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise _failed(files.label(name), error) from None
-
-
-def decode(opened: Callable[[], BinaryIO], label: str, channels: int) -> np.ndarray:
-    """uint8 [h,w,channels] (1 or 3) of an encoded image. Errors: an InputError that names `label`."""
-    try:
-        with opened() as stream, Image.open(stream, formats=_FORMATS) as image:
-            image.load()
-            shown = ImageOps.exif_transpose(image)
-            if shown.mode.startswith("I"):
-                shown = Image.fromarray(_eight_bits(np.asarray(shown)))
-            elif shown.mode == "F":
-                raise ValueError("floating-point pixels: save the images as one .npy file")
-            elif shown.has_transparency_data:
-                white = Image.new("RGBA", shown.size, "white")
-                shown = Image.alpha_composite(white, shown.convert("RGBA"))
-            pixels = np.asarray(shown.convert("L" if channels == 1 else "RGB"))
-    except Exception as error:
-        raise _failed(label, error) from None
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """16-bit grey levels to the nearest of 256: 65535 = 257 * 255."""
-    wide = pixels.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        raise ValueError(f"grey levels from {wide.min()} to {wide.max()}, expected 0 to 65535")
-    return ((wide + 128) // 257).astype(np.uint8)
+def _partition(files: Folder | Archive, names: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """The two splits of CelebA's list, lines of `000001.jpg 0`."""
+    listed = next((name for name in names if name.split("/")[-1] == _PARTITION), None)
+    if listed is None:
+        return None
+    with files.open(listed) as stream:
+        words = [line.split() for line in stream.read(_MAX_PARTITION).decode("ascii", "replace").splitlines()]
+    split = {w[0]: w[1] for w in words if len(w) == 2}
+    images = [name for name in names if name != listed]
+    missing = next((name for name in images if name.split("/")[-1] not in split), None)
+    if missing is not None:
+        raise InputError(f"{files.label(listed)} does not list {missing}: take one of the two out")
+    train, valid = ([name for name in images if split[name.split("/")[-1]] == which] for which in "01")
+    if not train or not valid:
+        raise InputError(f"{files.label(listed)} leaves {len(train)} images to train and {len(valid)} to validate")
+    return train, valid

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..errors import InputError
 from .base import ImageSource, LazySource, Request, one_line
-from .folder import decode, read_folder, read_zip
+from .decode import decode
+from .folder import read_folder, read_zip
 
 
 def raw_rgb(value: bytes, name: str) -> np.ndarray:

@@ -102,9 +102,13 @@ class Loader:
         return self._run(index, key_epoch)
 
     def _run(self, index: list[np.ndarray], epoch: int) -> Iterator[torch.Tensor]:
+        for x in self._arrays(index, epoch):
+            if len(x):  # a batch of an evaluation of which no image can be read
+                yield torch.from_numpy(x)
+
+    def _arrays(self, index: list[np.ndarray], epoch: int) -> Iterator[np.ndarray]:
         if self.source.images is not None:
-            for i in index:
-                yield torch.from_numpy(self._batch(i, epoch))
+            yield from (self._batch(i, epoch) for i in index)
             return
         # Threads, not processes: Pillow decodes outside Python's lock; a fork after OpenMP's first threads can hang.
         workers = thread_count(self._workers)
@@ -114,9 +118,9 @@ class Loader:
             for i in index:
                 pending.append(pool.submit(self._batch, i, epoch))
                 if len(pending) > workers:  # one batch per thread in work, one ready
-                    yield torch.from_numpy(pending.popleft().result())
+                    yield pending.popleft().result()
             while pending:
-                yield torch.from_numpy(pending.popleft().result())
+                yield pending.popleft().result()
         finally:  # also when the consumer stops early or a file is bad
             pool.shutdown(cancel_futures=True)
 
@@ -128,7 +132,8 @@ class Loader:
             return rng.uniform(rng.keys(self._seed, epoch, stream, index), count)
 
         crops = uniform(rng.CROP, 2) if source.random_crop and self.train else None
-        images = source.batch(index, crops)
+        images, kept = source.batch(index, crops, replace=self.train)
+        index = index[kept]
         if self._flip:
             chosen = uniform(rng.FLIP, 1)[:, 0] < 0.5
             images[chosen] = images[chosen, :, ::-1]
@@ -137,7 +142,7 @@ class Loader:
         inner = out[:, :, pad : pad + height, pad : pad + width]
         np.divide(images.transpose(0, 3, 1, 2), 255, out=inner, dtype=np.float32)
         if self._binarize:
-            u = uniform(rng.BINARIZE, images[0].size).reshape(images.shape)
+            u = uniform(rng.BINARIZE, height * width * source.channels).reshape(images.shape)
             np.less(u.transpose(0, 3, 1, 2), inner, out=inner)
         return out
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..errors import InputError, unknown
 from . import arrays, cifar, lmdb_store
 from .base import ImageSource, Request, one_line
-from .folder import IMAGE_SUFFIXES, read_folder, read_zip
+from .decode import IMAGE_SUFFIXES
+from .folder import read_folder, read_zip
 from .transforms import Transform
 
 
@@ -38,6 +39,10 @@ class Dataset:
     random_crop: bool = False
 
 
+MAX_CORRUPT = 10
+"""Unreadable images that are passed over, unless asked otherwise."""
+
+_BY_PLACE = ("folder", "zip", "npy", "npz")  # shown by the name of the folder or file that they are read from
 _CURE = "give --data the path of the images (nothing is downloaded), or --data demo"
 _FILES = {"train": "train.lmdb", "valid": "validation.lmdb"}
 
@@ -81,6 +86,8 @@ def open_images(
     image_size: tuple[int, int] | None = None,
     seed: int = 0,
     valid_fraction: float = 0.1,
+    max_corrupt: int = MAX_CORRUPT,
+    keep_small: bool = True,
 ) -> ImageSource:
     """The training or the validation images of a data set.
 
@@ -91,6 +98,8 @@ def open_images(
         image_size: (H, W) in pixels: images are scaled until they just cover it and centre-cropped; None: as they are,
             or the `side` of a data set that is always resized.
         valid_fraction: share of the validation images where the data have no splits, in (0, 1).
+        max_corrupt: so many unreadable images are named and passed over; one more is an error.
+        keep_small: decode a set of at most 256 MiB of pixels now and keep it.
 
     Raises:
         InputError: one line that names the file, what was expected and what to do.
@@ -103,26 +112,23 @@ def open_images(
         raise InputError(f"the validation share is {valid_fraction}, expected a number between 0 and 1")
     if image_size is not None and not (len(image_size) == 2 and all(isinstance(n, int) and n > 0 for n in image_size)):
         raise InputError(f"image size {image_size}, expected two whole numbers of pixels (height, width)")
+    if max_corrupt < 0:
+        raise InputError(f"--max-corrupt is {max_corrupt}, expected at least 0")
     path = Path(spec).expanduser()
     try:
         name = dataset or ("demo" if str(spec) == "demo" else guess(path))
         if name != "demo" and not path.exists():
             what = f"dataset {name} is not bundled" if str(spec) == "demo" else f"{path} does not exist"
             raise InputError(f"{what}: {_CURE}")
-        return _open(name, path, split, image_size, seed, valid_fraction)
+        entry = DATASETS[name]
+        side = entry.side if entry.resize else None
+        size = (image_size[0], image_size[1]) if image_size else (side, side) if side else None
+        transform = Transform(size, entry.box, entry.random_crop and split == "train")
+        shown = path.resolve().name if name in _BY_PLACE else name
+        return entry.read(Request(path, shown, split, seed, valid_fraction, transform, entry.channels, max_corrupt,
+                                  keep_small=keep_small))  # fmt: skip
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror or one_line(error)}") from None
-
-
-def _open(
-    name: str, path: Path, split: str, image_size: tuple[int, int] | None, seed: int, valid_fraction: float
-) -> ImageSource:
-    entry = DATASETS[name]
-    side = entry.side if entry.resize else None
-    size = (image_size[0], image_size[1]) if image_size else (side, side) if side else None
-    transform = Transform(size, entry.box, entry.random_crop and split == "train")
-    shown = path.resolve().name if name in ("folder", "zip", "npy", "npz") else name
-    return entry.read(Request(path, shown, split, seed, valid_fraction, transform, entry.channels))
 
 
 def guess(path: Path) -> str:

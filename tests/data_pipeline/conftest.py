@@ -35,6 +35,7 @@ def refused() -> Callable[..., str]:
     """refused(spec, "part", ..., dataset=...): opening fails with one line that holds all the parts; gives the line."""
 
     def check(spec: object, *parts: str, **options) -> str:
+        options = {"max_corrupt": 0} | options
         with pytest.raises(InputError) as caught:
             open_images(spec, **options)
         line = str(caught.value)
