@@ -241,4 +241,6 @@ def data_reader(data: str, dataset: str | None, usual: str | None) -> str | None
     """How to read `data`: as asked; else as `usual` if there are LMDBs, which do not say what they hold; else guessed."""
     if dataset is not None:
         return dataset
-    return usual if any(Path(data).glob("*lmdb")) else None
+    from nvae_fast.data.sources import has_stores
+
+    return usual if has_stores(Path(data)) else None

@@ -101,6 +101,10 @@ class ImageSource:
         """uint8 [H,W,C] of one image; raises CorruptImage where it cannot be read."""
         raise NotImplementedError
 
+    def readable(self, index: int) -> np.ndarray | None:
+        """The image, or None where it cannot be read."""
+        return self._one(index, None)
+
     def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
         """The images of these indices; u [B,2] places random crops. Safe to call from several threads.
 
@@ -153,8 +157,7 @@ class LazySource(ImageSource):
     def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
         return self.fitted(self._read(index), self._label(index), self._transform, u)
 
-    def _try(self, index: int, u: np.ndarray | None) -> np.ndarray | None:
-        """The image, or None where it cannot be read."""
+    def readable(self, index: int, u: np.ndarray | None = None) -> np.ndarray | None:
         if self._label(index) in self.corrupt:
             return None
         try:
@@ -166,20 +169,32 @@ class LazySource(ImageSource):
     def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
         def next_one(row: int) -> np.ndarray:
             others = ((int(index[row]) + i) % self._count for i in range(1, self._count))
-            found = next((x for i in others if (x := self._try(i, None if u is None else u[row])) is not None), None)
+            found = next((x for i in others if (x := self.readable(i, None if u is None else u[row])) is not None), None)
             if found is None:
                 raise InputError(f"'{self.name}': none of the {self._count} images can be read")
             return found
 
-        images = [self._try(i, None if u is None else u[row]) for row, i in enumerate(index.tolist())]
+        images = [self.readable(i, None if u is None else u[row]) for row, i in enumerate(index.tolist())]
         return self.rows(images, next_one if replace else None)
 
     def in_memory(self) -> MemorySource:
         """The same images, decoded now, without those that cannot be read."""
-        images = [x for x in parallel(lambda i: self._try(i, None), range(len(self))) if x is not None]
+        images = [x for x in parallel(self.readable, range(len(self))) if x is not None]
         if not images:
             raise InputError(f"'{self.name}': none of the {self._count} images can be read")
         return MemorySource(self.name, np.stack(images))
+
+
+def first_shape(
+    count: int, read: Callable[[int], np.ndarray], label: Callable[[int], str], corrupt: Corrupt
+) -> tuple[int, ...]:
+    """The shape of the first image that can be read."""
+    for i in range(count):
+        try:
+            return read(i).shape
+        except CorruptImage as error:
+            corrupt.add(label(i), error)
+    raise InputError(f"{label(0)} and the {count - 1} images behind it cannot be read")
 
 
 def keep_small(source: LazySource) -> ImageSource:

@@ -154,7 +154,7 @@ def _ignored(name: str) -> bool:
 def _select(request: Request, files: Folder | Archive) -> tuple[list[str], list[str]]:
     """Names of the images of both splits (they must agree in size and channels), and of the split that is asked for."""
     names = sorted(name for name in files.names if not _ignored(name))
-    pair = _partition(files, names) or _folders(names)
+    pair = _partition(files, names) or split_names(names)
     if pair is not None:
         names = pair[0] + pair[1]
     foreign = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES)]
@@ -171,7 +171,7 @@ def _select(request: Request, files: Folder | Archive) -> tuple[list[str], list[
     return names, [names[i] for i in split_indices(request, len(names))]
 
 
-def _folders(names: Sequence[str]) -> tuple[list[str], list[str]] | None:
+def split_names(names: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """The files below a folder `train` and below one of `valid` or the like, if both are there."""
     parts = [name.split("/") for name in names]
     depth = 0  # folders that wrap everything, as archives often have

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError, unknown
-from . import arrays, cifar, lmdb_store
+from . import arrays, cifar, lmdb_store, tfrecord
 from .base import ImageSource, Request, one_line
 from .decode import IMAGE_SUFFIXES
 from .folder import read_folder, read_zip
@@ -26,6 +26,8 @@ class Dataset:
         channels: 3 where grey files are to become RGB; None: as the data are.
         resize: bring images to `side`; box: the part (left, top, right, bottom) that is cut out before;
         random_crop: training images are cropped at random places.
+        stores: names of the training and validation LMDB that `read` looks for; without them, whatever lies at the path is
+            read and treated in this way. encoded: their values are image files, not raw RGB.
     """
 
     read: Callable[[Request], ImageSource]
@@ -37,24 +39,40 @@ class Dataset:
     resize: bool = False
     box: tuple[int, int, int, int] | None = None
     random_crop: bool = False
+    stores: tuple[str, str] | None = None
+    encoded: bool = False
 
 
 MAX_CORRUPT = 10
 """Unreadable images that are passed over, unless asked otherwise."""
 
-_BY_PLACE = ("folder", "zip", "npy", "npz")  # shown by the name of the folder or file that they are read from
+_BY_PLACE = (
+    "folder",
+    "zip",
+    "npy",
+    "npz",
+    "lmdb",
+    "tfrecord",
+)  # shown by the name of the folder or file that they are read from
 _CURE = "give --data the path of the images (nothing is downloaded), or --data demo"
-_FILES = {"train": "train.lmdb", "valid": "validation.lmdb"}
 
 
-def _rgb(side: int, *, value: Callable = lmdb_store.raw_rgb, box: tuple[int, int, int, int] | None = None) -> Dataset:
-    return Dataset(lmdb_store.lmdb_reader(_FILES, value), side, flip=True, channels=3, resize=True, box=box)
+def _rgb(side: int) -> Dataset:
+    stores = lmdb_store.STORES
+    reader = lmdb_store.lmdb_reader(stores, lmdb_store.raw_rgb)
+    return Dataset(reader, side, flip=True, channels=3, resize=True, stores=stores)
+
+
+def _celeba_64() -> Dataset:
+    reader = lmdb_store.lmdb_reader(lmdb_store.STORES, lmdb_store.encoded)
+    box = (15, 40, 163, 188)
+    return Dataset(reader, 64, flip=True, channels=3, resize=True, box=box, stores=lmdb_store.STORES, encoded=True)
 
 
 def _lsun(scene: str, side: int) -> Dataset:
-    files = {"train": f"{scene}_train_lmdb", "valid": f"{scene}_val_lmdb"}
-    reader = lmdb_store.lmdb_reader(files, lmdb_store.encoded, numbered=False)
-    return Dataset(reader, side, flip=True, channels=3, resize=True, random_crop=True)
+    stores = (f"{scene}_train_lmdb", f"{scene}_val_lmdb")
+    reader = lmdb_store.lmdb_reader(stores, lmdb_store.encoded, numbered=False)
+    return Dataset(reader, side, flip=True, channels=3, resize=True, random_crop=True, stores=stores, encoded=True)
 
 
 DATASETS: dict[str, Dataset] = {
@@ -64,7 +82,7 @@ DATASETS: dict[str, Dataset] = {
     "omniglot": Dataset(arrays.read_omniglot, 32, padding=2, binarize=True),
     "stacked_mnist": Dataset(arrays.read_stacked_mnist, 32, padding=2),
     "cifar10": Dataset(cifar.read_cifar10, 32, flip=True),
-    "celeba_64": _rgb(64, value=lmdb_store.encoded, box=(15, 40, 163, 188)),
+    "celeba_64": _celeba_64(),
     "celeba_256": _rgb(256),
     "ffhq": _rgb(256),
     "imagenet_32": _rgb(32),
@@ -75,6 +93,8 @@ DATASETS: dict[str, Dataset] = {
     "zip": Dataset(read_zip),
     "npy": Dataset(arrays.read_numpy),
     "npz": Dataset(arrays.read_numpy),
+    "lmdb": Dataset(lmdb_store.read_described),
+    "tfrecord": Dataset(tfrecord.read_tfrecords),
 }
 
 
@@ -87,6 +107,7 @@ def open_images(
     seed: int = 0,
     valid_fraction: float = 0.1,
     max_corrupt: int = MAX_CORRUPT,
+    read: str | None = None,
     keep_small: bool = True,
 ) -> ImageSource:
     """The training or the validation images of a data set.
@@ -99,6 +120,7 @@ def open_images(
             or the `side` of a data set that is always resized.
         valid_fraction: share of the validation images where the data have no splits, in (0, 1).
         max_corrupt: so many unreadable images are named and passed over; one more is an error.
+        read: how to read what lies at the path, where that is not what `dataset` says: `dataset` then only treats the images.
         keep_small: decode a set of at most 256 MiB of pixels now and keep it.
 
     Raises:
@@ -106,8 +128,9 @@ def open_images(
     """
     if split not in ("train", "valid"):
         raise unknown("split", split, ("train", "valid"))
-    if dataset is not None and dataset not in DATASETS:
-        raise unknown("dataset", dataset, DATASETS)
+    for asked in (dataset, read):
+        if asked is not None and asked not in DATASETS:
+            raise unknown("dataset", asked, DATASETS)
     if not 0 < valid_fraction < 1:
         raise InputError(f"the validation share is {valid_fraction}, expected a number between 0 and 1")
     if image_size is not None and not (len(image_size) == 2 and all(isinstance(n, int) and n > 0 for n in image_size)):
@@ -116,11 +139,13 @@ def open_images(
         raise InputError(f"--max-corrupt is {max_corrupt}, expected at least 0")
     path = Path(spec).expanduser()
     try:
-        name = dataset or ("demo" if str(spec) == "demo" else guess(path))
+        name = dataset or read or ("demo" if str(spec) == "demo" else guess(path))
         if name != "demo" and not path.exists():
             what = f"dataset {name} is not bundled" if str(spec) == "demo" else f"{path} does not exist"
             raise InputError(f"{what}: {_CURE}")
         entry = DATASETS[name]
+        if read is not None or (entry.stores and not any((path / store).exists() for store in entry.stores)):
+            entry = replace(entry, read=DATASETS[read or guess(path)].read)
         side = entry.side if entry.resize else None
         size = (image_size[0], image_size[1]) if image_size else (side, side) if side else None
         transform = Transform(size, entry.box, entry.random_crop and split == "train")
@@ -159,8 +184,23 @@ def guess(path: Path) -> str:
     ]
     if len(fits) > 1:
         raise InputError(f"{path} holds several data sets: choose one with --dataset ({', '.join(fits)})")
-    stores = sorted(p.name for p in path.iterdir() if p.name in _FILES.values() or p.name.endswith("_lmdb"))
-    if stores and not fits:
-        names = ", ".join(name for name, entry in DATASETS.items() if entry.resize)
-        raise InputError(f"{path} holds {stores[0]}: say which data set it is with --dataset ({names})")
-    return fits[0] if fits else "folder"
+    if fits:
+        return fits[0]
+    about = lmdb_store.description(path)
+    if about:
+        if about["dataset"] not in DATASETS:
+            raise unknown(f"dataset in {path / lmdb_store.DESCRIPTION}", about["dataset"], DATASETS)
+        return about["dataset"]
+    found = has_stores(path)
+    if found:
+        names = ", ".join(name for name, entry in DATASETS.items() if entry.stores)
+        raise InputError(f"{path} holds {found}: say which data set it is with --dataset ({names})")
+    return "tfrecord" if any(path.rglob("*.tfrecord*")) else "folder"
+
+
+def has_stores(path: Path) -> str | None:
+    """The name of an LMDB in a folder that does not say what it holds."""
+    if not path.is_dir() or lmdb_store.description(path):
+        return None
+    names = {store for entry in DATASETS.values() for store in entry.stores or ()}
+    return min((file.name for file in path.iterdir() if file.name in names), default=None)

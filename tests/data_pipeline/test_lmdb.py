@@ -112,4 +112,4 @@ def test_without_the_library(tmp_path, refused, monkeypatch):
     (tmp_path / "train.lmdb").mkdir()
     monkeypatch.setitem(sys.modules, "lmdb", None)
     _environment.cache_clear()
-    refused(tmp_path, "needs lmdb: pip install nvae_fast[data]", dataset="ffhq")
+    refused(tmp_path, "LMDBs need lmdb: pip install nvae_fast[data]", dataset="ffhq")
