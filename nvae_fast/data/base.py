@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +104,10 @@ class ImageSource:
     def readable(self, index: int) -> np.ndarray | None:
         """The image, or None where it cannot be read."""
         return self._one(index, None)
+
+    def chunks(self, size: int) -> Iterator[Sequence[int]]:
+        """What `readable` takes, for all images in order, in pieces."""
+        return (range(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
     def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
         """The images of these indices; u [B,2] places random crops. Safe to call from several threads.

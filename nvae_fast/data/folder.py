@@ -1,4 +1,4 @@
-"""Image files in a folder or in a zip archive.
+"""Image files in a folder or in a zip or tar archive.
 
 Which files: those ending in IMAGE_SUFFIXES, at any depth (the names of sub-folders, such as classes, mean nothing), in the
 order of their names. Hidden files and the thumbnails that systems leave behind are passed over; any other file is an error
@@ -24,6 +24,7 @@ from ..errors import InputError
 from .base import ImageSource, LazySource, Request, find_pair, keep_small, one_line, parallel, split_indices
 from .corrupt import Corrupt, CorruptImage
 from .decode import IMAGE_SUFFIXES, decode, head, read_file
+from .tar import TarArchive
 from .transforms import size_text
 
 _IGNORED = ("thumbs.db", "desktop.ini", "__macosx")
@@ -90,7 +91,12 @@ def read_zip(request: Request) -> ImageSource:
     return _read(request, Archive(request.path))
 
 
-def _read(request: Request, files: Folder | Archive) -> ImageSource:
+def read_tar(request: Request) -> ImageSource:
+    """The images of an uncompressed tar archive; its other files are passed over."""
+    return _read(request, TarArchive(request.path))
+
+
+def _read(request: Request, files: Folder | Archive | TarArchive) -> ImageSource:
     every, chosen = _select(request, files)
     corrupt = Corrupt(request.max_corrupt)
     with warnings.catch_warnings():
@@ -114,7 +120,9 @@ def _read(request: Request, files: Folder | Archive) -> ImageSource:
         return keep_small(source) if request.keep_small else source
 
 
-def _shape(request: Request, files: Folder | Archive, names: Sequence[str], corrupt: Corrupt) -> tuple[tuple[int, int], int]:
+def _shape(
+    request: Request, files: Folder | Archive | TarArchive, names: Sequence[str], corrupt: Corrupt
+) -> tuple[tuple[int, int], int]:
     """((height, width), channels) of a set; reads no more headers than are needed to know them."""
 
     def look(name: str) -> tuple[bool, tuple[int, int]] | None:
@@ -151,7 +159,7 @@ def _ignored(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in _IGNORED for part in name.split("/"))
 
 
-def _select(request: Request, files: Folder | Archive) -> tuple[list[str], list[str]]:
+def _select(request: Request, files: Folder | Archive | TarArchive) -> tuple[list[str], list[str]]:
     """Names of the images of both splits (they must agree in size and channels), and of the split that is asked for."""
     names = sorted(name for name in files.names if not _ignored(name))
     pair = _partition(files, names) or split_names(names)
@@ -185,7 +193,7 @@ def split_names(names: Sequence[str]) -> tuple[list[str], list[str]] | None:
     return None if pair is None else (groups[pair[0]], groups[pair[1]])
 
 
-def _partition(files: Folder | Archive, names: Sequence[str]) -> tuple[list[str], list[str]] | None:
+def _partition(files: Folder | Archive | TarArchive, names: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """The two splits of CelebA's list, lines of `000001.jpg 0`."""
     listed = next((name for name in names if name.split("/")[-1] == _PARTITION), None)
     if listed is None:

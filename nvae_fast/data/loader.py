@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..errors import InputError
 from . import rng
-from .base import ImageSource, thread_count
+from .base import ImageSource, Rows, thread_count
+from .stream import StreamSource
+
+Task = tuple[np.ndarray, Callable[..., Rows]]
 
 
 class Loader:
@@ -65,15 +69,20 @@ class Loader:
         self._flip, self._binarize = flip and train, binarize
         self._rank, self._world = rank, world
         self._count = len(source) if limit is None else min(limit, len(source))
+        self._limit = limit
         self._epoch = self._start = 0
         share = batch_size * world
         if train:
+            if isinstance(source, StreamSource):
+                source.check_world(world)
             self._batches = self._count // share
             if not self._batches:
                 where = f" on each of {world} processes" if world > 1 else ""
                 fits = self._count // world
                 cure = f"use --batch-size {fits} or less" if fits else "use fewer processes and a smaller --batch-size"
                 raise InputError(f"{self._count} training images, expected at least a batch of {batch_size}{where}: {cure}")
+        elif isinstance(source, StreamSource):
+            self._batches = -(-source.share(rank, world, limit) // batch_size)
         else:
             whole, rest = divmod(self._count, share)
             self._batches = whole + (rest > rank)  # np.array_split gives the first ranks the larger parts
@@ -91,32 +100,38 @@ class Loader:
     def __iter__(self) -> Iterator[torch.Tensor]:
         # the epoch is read here, not at the first batch: set_epoch during an iteration is for the next one
         key_epoch = self._epoch if self.train else -1
-        if self.train:
-            order = rng.permutation(self._count, self._seed, key_epoch, rng.SHUFFLE)
-        else:
-            order = np.arange(self._count)
-        share = self.batch_size * self._world
-        index = [
-            np.array_split(order[i * share : (i + 1) * share], self._world)[self._rank] for i in range(self._start, len(self))
-        ]
-        return self._run(index, key_epoch)
+        return self._run(self._tasks(key_epoch, self._start), key_epoch)
 
-    def _run(self, index: list[np.ndarray], epoch: int) -> Iterator[torch.Tensor]:
-        for x in self._arrays(index, epoch):
+    def _tasks(self, epoch: int, start: int) -> Iterator[Task]:
+        """(indices, reader) of every batch of this rank."""
+        if isinstance(self.source, StreamSource):
+            yield from self.source.tasks(
+                self.batch_size, train=self.train, seed=self._seed, epoch=epoch, start=start, batches=len(self),
+                rank=self._rank, world=self._world, limit=self._limit,
+            )  # fmt: skip
+            return
+        order = rng.permutation(self._count, self._seed, epoch, rng.SHUFFLE) if self.train else np.arange(self._count)
+        share = self.batch_size * self._world
+        for i in range(start, len(self)):
+            mine = np.array_split(order[i * share : (i + 1) * share], self._world)[self._rank]
+            yield mine, partial(self.source.batch, mine)
+
+    def _run(self, tasks: Iterator[Task], epoch: int) -> Iterator[torch.Tensor]:
+        for x in self._arrays(tasks, epoch):
             if len(x):  # a batch of an evaluation of which no image can be read
                 yield torch.from_numpy(x)
 
-    def _arrays(self, index: list[np.ndarray], epoch: int) -> Iterator[np.ndarray]:
+    def _arrays(self, tasks: Iterator[Task], epoch: int) -> Iterator[np.ndarray]:
         if self.source.images is not None:
-            yield from (self._batch(i, epoch) for i in index)
+            yield from (self._batch(task, epoch) for task in tasks)
             return
         # Threads, not processes: Pillow decodes outside Python's lock; a fork after OpenMP's first threads can hang.
         workers = thread_count(self._workers)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="nvae-fast-data")
         pending: deque = deque()
         try:
-            for i in index:
-                pending.append(pool.submit(self._batch, i, epoch))
+            for task in tasks:
+                pending.append(pool.submit(self._batch, task, epoch))
                 if len(pending) > workers:  # one batch per thread in work, one ready
                     yield pending.popleft().result()
             while pending:
@@ -124,15 +139,16 @@ class Loader:
         finally:  # also when the consumer stops early or a file is bad
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, index: np.ndarray, epoch: int) -> np.ndarray:
+    def _batch(self, task: Task, epoch: int) -> np.ndarray:
         """numpy only: in worker threads torch would start OpenMP threads of its own for each of them."""
         source, pad = self.source, self._padding
+        index, read = task
 
         def uniform(stream: int, count: int) -> np.ndarray:
             return rng.uniform(rng.keys(self._seed, epoch, stream, index), count)
 
         crops = uniform(rng.CROP, 2) if source.random_crop and self.train else None
-        images, kept = source.batch(index, crops, replace=self.train)
+        images, kept = read(crops, replace=self.train)
         index = index[kept]
         if self._flip:
             chosen = uniform(rng.FLIP, 1)[:, 0] < 0.5

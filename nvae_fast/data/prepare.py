@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, unknown
-from .base import ImageSource, LazySource, parallel
+from .base import ImageSource, parallel
 from .lmdb_store import DESCRIPTION, STORES, write_lmdb
 from .sources import DATASETS, MAX_CORRUPT, open_images
 
@@ -95,7 +95,7 @@ def prepare(
 
 def _values(source: ImageSource, encoded: bool, split: str, bar: bool) -> Iterator[list[bytes]]:
     """The values of a split in chunks, without images that cannot be read."""
-    if encoded and not (isinstance(source, LazySource) and source.stored):
+    if encoded and getattr(source, "stored", None) is None:
         raise InputError(f"'{source.name}' has no image files, which this dataset keeps: use a folder or archive of them")
 
     def one(i: int) -> bytes | None:
@@ -105,7 +105,6 @@ def _values(source: ImageSource, encoded: bool, split: str, bar: bool) -> Iterat
         return source.stored(i) if encoded else np.ascontiguousarray(image).tobytes()
 
     with tqdm(total=len(source), desc=split, unit="img", disable=not bar) as progress:
-        for start in range(0, len(source), _CHUNK):
-            some = range(start, min(start + _CHUNK, len(source)))
+        for some in source.chunks(_CHUNK):
             yield [value for value in parallel(one, some, 16) if value is not None]
             progress.update(len(some))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-SHUFFLE, FLIP, CROP, BINARIZE, SPLIT, STACK = range(6)  # streams: what the numbers are for
+SHUFFLE, FLIP, CROP, BINARIZE, SPLIT, STACK, SHARDS, WINDOW = range(8)  # streams: what the numbers are for
 
 _MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError, unknown
-from . import arrays, cifar, lmdb_store, tfrecord
+from . import arrays, cifar, lmdb_store, shards, stream, tfrecord
 from .base import ImageSource, Request, one_line
 from .decode import IMAGE_SUFFIXES
-from .folder import read_folder, read_zip
+from .folder import read_folder, read_tar, read_zip
 from .transforms import Transform
 
 
@@ -94,6 +95,8 @@ DATASETS: dict[str, Dataset] = {
     "npy": Dataset(arrays.read_numpy),
     "npz": Dataset(arrays.read_numpy),
     "lmdb": Dataset(lmdb_store.read_described),
+    "tar": Dataset(read_tar),
+    "webdataset": Dataset(stream.read_shards),
     "tfrecord": Dataset(tfrecord.read_tfrecords),
 }
 
@@ -109,11 +112,14 @@ def open_images(
     max_corrupt: int = MAX_CORRUPT,
     read: str | None = None,
     keep_small: bool = True,
+    images_per_epoch: int | None = None,
+    window: int = 1000,
 ) -> ImageSource:
     """The training or the validation images of a data set.
 
     Args:
-        spec: "demo" (the bundled images; a folder of that name is "./demo") or a path.
+        spec: "demo" (the bundled images; a folder of that name is "./demo"), a path, or WebDataset shards: paths or URLs with
+            `{000..099}`, `{a,b}` or (paths) `*`.
         split: "train" or "valid". A set without splits of its own is cut by a permutation that depends on `seed`.
         dataset: a name of DATASETS; None: guessed from what lies at the path.
         image_size: (H, W) in pixels: images are scaled until they just cover it and centre-cropped; None: as they are,
@@ -122,6 +128,7 @@ def open_images(
         max_corrupt: so many unreadable images are named and passed over; one more is an error.
         read: how to read what lies at the path, where that is not what `dataset` says: `dataset` then only treats the images.
         keep_small: decode a set of at most 256 MiB of pixels now and keep it.
+        images_per_epoch, window: of a stream of shards; see stream.py.
 
     Raises:
         InputError: one line that names the file, what was expected and what to do.
@@ -137,21 +144,28 @@ def open_images(
         raise InputError(f"image size {image_size}, expected two whole numbers of pixels (height, width)")
     if max_corrupt < 0:
         raise InputError(f"--max-corrupt is {max_corrupt}, expected at least 0")
+    if images_per_epoch is not None and images_per_epoch < 1:
+        raise InputError(f"--images-per-epoch is {images_per_epoch}, expected at least 1")
     path = Path(spec).expanduser()
     try:
-        name = dataset or read or ("demo" if str(spec) == "demo" else guess(path))
-        if name != "demo" and not path.exists():
+        names = shards.expand(str(spec))
+        kind = read or ("webdataset" if names else None)
+        name = dataset or kind or ("demo" if str(spec) == "demo" else guess(path))
+        if name != "demo" and not names and not path.exists():
             what = f"dataset {name} is not bundled" if str(spec) == "demo" else f"{path} does not exist"
             raise InputError(f"{what}: {_CURE}")
         entry = DATASETS[name]
-        if read is not None or (entry.stores and not any((path / store).exists() for store in entry.stores)):
-            entry = replace(entry, read=DATASETS[read or guess(path)].read)
+        if kind or (entry.stores and not any((path / store).exists() for store in entry.stores)):
+            kind = kind or guess(path)
+            entry = replace(entry, read=DATASETS[kind].read)
+        if images_per_epoch is not None and (kind or name) != "webdataset":
+            raise InputError(f"--images-per-epoch is for WebDataset shards, '{spec}' is read as {kind or name}: leave it out")
         side = entry.side if entry.resize else None
         size = (image_size[0], image_size[1]) if image_size else (side, side) if side else None
         transform = Transform(size, entry.box, entry.random_crop and split == "train")
         shown = path.resolve().name if name in _BY_PLACE else name
         return entry.read(Request(path, shown, split, seed, valid_fraction, transform, entry.channels, max_corrupt,
-                                  keep_small=keep_small))  # fmt: skip
+                                  names, images_per_epoch, window, keep_small))  # fmt: skip
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror or one_line(error)}") from None
 
@@ -163,7 +177,7 @@ def guess(path: Path) -> str:
     # the two have the same file names
     digits = "fashion_mnist" if any("fashion" in part.lower() for part in path.resolve().parts[-2:]) else "mnist"
     if path.is_file():
-        suffixes = {".npy": "npy", ".npz": "npz", ".zip": "zip", ".mat": "omniglot", ".tgz": "cifar10"}
+        suffixes = {".npy": "npy", ".npz": "npz", ".zip": "zip", ".mat": "omniglot", ".tgz": "cifar10", ".tar": "tar"}
         if path.name.endswith(".tar.gz"):
             return "cifar10"
         if path.suffix.lower() in suffixes:
@@ -195,7 +209,9 @@ def guess(path: Path) -> str:
     if found:
         names = ", ".join(name for name, entry in DATASETS.items() if entry.stores)
         raise InputError(f"{path} holds {found}: say which data set it is with --dataset ({names})")
-    return "tfrecord" if any(path.rglob("*.tfrecord*")) else "folder"
+    found = (n for _, _, files in os.walk(path) for n in sorted(files) if not n.startswith(".") and n != shards.INDEX)
+    suffix = Path(next(found, "")).suffix.lower()  # one file tells: nothing else may lie beside images
+    return "webdataset" if suffix == ".tar" else "tfrecord" if suffix in tfrecord.SUFFIXES else "folder"
 
 
 def has_stores(path: Path) -> str | None:
