@@ -207,9 +207,6 @@ class StreamSource(ImageSource):
 
     def _endless(self, order: Sequence[int], skip: int) -> Iterator[Item]:
         """The images of the shards, again and again, but for the first `skip`."""
-        known = [n for s in order if (n := self._counts[s]) is not None]
-        if len(known) == len(order) and sum(known):
-            skip %= sum(known)
         while True:
             some = False
             for number in order:
