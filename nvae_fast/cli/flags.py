@@ -149,6 +149,28 @@ def add_workers_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     parser.add_argument("--workers", type=int, default=0, help="decoding threads for images on disk [0: choose]")
 
 
+def add_data_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """What to train on, and how to read it; `data_options` gives what `open_split` takes of them."""
+    kinds = (
+        "folder, zip or tar of images, .npy, .npz, IDX, CIFAR-10, TFRecords, LMDBs, or shards 'x-{000..099}.tar' (also URLs)"
+    )
+    parser.add_argument("--data", help=f"demo, or a path: {kinds}")
+    parser.add_argument("--dataset", help="how to read --data [guessed]")
+    parser.add_argument("--image_size", type=image_size, metavar="H[xW]", help="resize and crop images to this [as they are]")
+    parser.add_argument("--max_corrupt", type=int, default=10, help="unreadable images of a split to name and pass over [10]")
+    parser.add_argument("--images_per_epoch", type=int, help="of shards [counted, but for URLs without an index]")
+    parser.add_argument("--shuffle_window", type=int, default=1000, help="images of shards to shuffle among themselves [1000]")
+    add_workers_flag(parser)
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `open_split` that the data flags stand for."""
+    return {
+        "image_size": args.image_size, "max_corrupt": args.max_corrupt, "images_per_epoch": args.images_per_epoch,
+        "window": args.shuffle_window,
+    }  # fmt: skip
+
+
 def add_seed_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=1, help="of the noise [1]")
 

@@ -17,11 +17,11 @@ from nvae_fast.cli.flags import (
     TRAIN_FIELDS,
     OnOff,
     add_config_flags,
+    add_data_flags,
     add_device_flag,
-    add_workers_flag,
+    data_options,
     data_reader,
     device_of,
-    image_size,
     require_at_least_1,
 )
 from nvae_fast.config import NVLABS_DATASETS, NVAEConfig
@@ -38,9 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
     run.add_argument("--config", metavar="FILE", help="YAML file of flags by name (`epochs: 3`); those given here win")
-    run.add_argument("--data", help="demo, or a path: folder or zip of images, .npy, .npz, IDX, CIFAR-10, LMDBs")
-    run.add_argument("--dataset", help="how to read --data [guessed]")
-    run.add_argument("--image_size", type=image_size, metavar="H[xW]", help="resize and crop images to this [as they are]")
+    add_data_flags(run)
     run.add_argument("--out", help="folder of the run [runs/<preset>]")
     run.add_argument("--resume", nargs="?", const="auto", help="auto: go on in --out if it holds a run; or a checkpoint folder")
     run.add_argument("--log_every", type=int, default=10, help="steps between lines of metrics.jsonl [10]")
@@ -51,7 +49,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="[auto: bf16 on GPUs, else fp32]")
     memory = "what cells keep for backward; low keeps least and computes most again [balanced]"
     run.add_argument("--memory", default="balanced", choices=("fast", "balanced", "low"), help=memory)
-    add_workers_flag(run)
     add_config_flags(parser)
     public = parser.add_argument_group("further flags of the public code")
     public.add_argument("--root", help="parent of the output folder")
@@ -114,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 
     device = device_of(args)
     precision = precision_of(args, device)
-    train, valid = (open_split(config, split, image_size=args.image_size) for split in ("train", "valid"))
+    train, valid = (open_split(config, split, **data_options(args)) for split in ("train", "valid"))
     if fit:
         config = fit_to_data(config, train, {k for k in ("padding", "binarize") if getattr(args, k) is not None})
     check_data(config, valid)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 from nvae_fast.config import NVAEConfig
 from nvae_fast.data import ImageSource, Loader, make_loader, open_images
 from nvae_fast.errors import InputError
 
 
-def open_split(config: NVAEConfig, split: str, *, image_size: tuple[int, int] | None = None) -> ImageSource:
-    """The training or validation images that the configuration names; split by its seed where the data have no split."""
+def open_split(config: NVAEConfig, split: str, **options: Any) -> ImageSource:
+    """The training or validation images that the configuration names; split by its seed where the data have no split.
+
+    `options` are further arguments of `open_images`: image_size, max_corrupt, images_per_epoch, window.
+    """
     t = config.training
-    return open_images(t.data, split=split, dataset=t.dataset, image_size=image_size, seed=t.seed)
+    return open_images(t.data, split=split, dataset=t.dataset, seed=t.seed, **options)
 
 
 def fit_to_data(config: NVAEConfig, source: ImageSource, fixed: Collection[str] = ()) -> NVAEConfig:
