@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import re
 import struct
 import zipfile
@@ -17,28 +19,54 @@ from ..errors import InputError
 from .base import ImageSource, Request, find_pair, from_array, one_line, split_indices
 from .rng import STACK, permutation
 
+_MOST_PER_BYTE = 1032  # deflate's largest ratio: headers that promise more lie, and would cost memory
+
 
 def read_numpy(request: Request) -> ImageSource:
     """One array of images, or an archive of them (see `_pick`); nothing is unpickled."""
     path = request.path
-    try:
-        with open(path, "rb") as stream:
-            if not stream.read(6).startswith((b"\x93NUMPY", b"PK")):  # numpy takes anything else for a pickle
+    with open(path, "rb") as stream:
+        try:
+            start = stream.read(6)
+            if not start.startswith((b"\x93NUMPY", b"PK")):  # numpy takes anything else for a pickle
                 raise InputError(f"{path} is not a numpy file: expected one written by np.save or np.savez")
             stream.seek(0)
-            loaded = np.load(stream, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return _split_array(request, loaded, str(path))
-            key, whole = _pick(request, loaded.files)
-            array = loaded[key]
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
-        if isinstance(error, InputError):
+            if start.startswith(b"PK"):
+                with zipfile.ZipFile(stream) as archive:
+                    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+                    key, whole = _pick(request, list(members))
+                    with archive.open(members[key]) as member:
+                        _check_header(member, min(members[key].file_size, _MOST_PER_BYTE * members[key].compress_size))
+                    with archive.open(members[key]) as member:
+                        array = np.lib.format.read_array(member, allow_pickle=False)
+            else:
+                key, whole = "", False
+                _check_header(stream, path.stat().st_size)
+                stream.seek(0)
+                array = np.load(stream, allow_pickle=False)
+        except InputError:
             raise
-        if "pickle" in str(error):
-            raise InputError(f"{path} holds pickled objects, which are not read: save the images as uint8") from None
-        raise InputError(f"{path} is not a readable numpy file: {one_line(error)}") from None
-    name = f"{path}:{key}"
+        except Exception as error:  # numpy's and zipfile's readers raise whatever a damaged file leads them to
+            if "pickle" in str(error):
+                raise InputError(f"{path} holds pickled objects, which are not read: save the images as uint8") from None
+            raise InputError(f"{path} is not a readable numpy file: {one_line(error)}") from None
+    name = f"{path}:{key}" if key else str(path)
     return from_array(request, _images(array, name)) if whole else _split_array(request, array, name)
+
+
+def _check_header(stream: IO[bytes], size: int) -> None:
+    """ValueError unless a .npy header promises an array of numbers that fits `size` bytes: numpy would allocate it first."""
+    major, _ = np.lib.format.read_magic(stream)
+    width, read = {1: (2, np.lib.format.read_array_header_1_0), 2: (4, np.lib.format.read_array_header_2_0)}[major]
+    length = stream.read(width)
+    if len(length) < width or int.from_bytes(length, "little") > 10_000:
+        raise ValueError("its header is damaged")
+    header = length + stream.read(int.from_bytes(length, "little"))
+    shape, _, dtype = read(io.BytesIO(header))
+    if dtype.hasobject:
+        raise ValueError("pickled objects")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"its header promises an array of shape {shape} and type {dtype}, the file has at most {size} bytes")
 
 
 def _pick(request: Request, keys: list[str]) -> tuple[str, bool]:
@@ -90,6 +118,7 @@ def _images(array: np.ndarray, name: str) -> np.ndarray:
 def idx_images(stream: IO[bytes], name: str) -> np.ndarray:
     """uint8 [N,H,W,1] of an IDX file of images, plain or gzip. Errors: an InputError that names it."""
     compressed = stream.read(2) == b"\x1f\x8b"
+    stored = stream.seek(0, 2)
     stream.seek(0)
     try:
         with gzip.open(stream) if compressed else stream as file:
@@ -100,12 +129,15 @@ def idx_images(stream: IO[bytes], name: str) -> np.ndarray:
                 raise InputError(f"{name} starts with {found}, expected 0x00000803: not an IDX file of images")
             shape = struct.unpack(">3I", head[4:])
             size = shape[0] * shape[1] * shape[2]
-            pixels = file.read()
+            if size > _MOST_PER_BYTE * stored:
+                raise InputError(f"{name} says that it has {size} bytes of pixels, the file has {stored}: fetch it again")
+            pixels = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name} cannot be read (damaged gzip?): {one_line(error)}; fetch it again") from None
     if len(pixels) != size or size == 0:
         what = f"{shape[0]} images of {shape[1]}x{shape[2]}"
-        raise InputError(f"{name} holds {len(pixels)} bytes of pixels, expected {size} for {what}: fetch it again")
+        found = "more bytes of pixels" if len(pixels) > size else f"{len(pixels)} bytes of pixels"
+        raise InputError(f"{name} holds {found}, expected {size} for {what}: fetch it again")
     return np.frombuffer(pixels, np.uint8).reshape(*shape, 1)
 
 

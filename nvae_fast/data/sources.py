@@ -47,14 +47,8 @@ class Dataset:
 MAX_CORRUPT = 10
 """Unreadable images that are passed over, unless asked otherwise."""
 
-_BY_PLACE = (
-    "folder",
-    "zip",
-    "npy",
-    "npz",
-    "lmdb",
-    "tfrecord",
-)  # shown by the name of the folder or file that they are read from
+# shown by the name of the folder or file that they are read from
+_BY_PLACE = ("folder", "zip", "tar", "npy", "npz", "lmdb", "tfrecord", "webdataset")
 _CURE = "give --data the path of the images (nothing is downloaded), or --data demo"
 
 

@@ -158,9 +158,9 @@ def test_damaged_idx(tmp_path, pixels, refused):
     write_idx(path, images, count=21)
     refused(path, "holds 720 bytes of pixels, expected 756 for 21 images of 6x6")
     write_idx(path, images, extra=b"more")
-    refused(path, "holds 724 bytes of pixels, expected 720")
+    refused(path, "holds more bytes of pixels, expected 720")
     write_idx(path, images, count=2**32 - 1)
-    refused(path, "expected 154618822620")
+    refused(path, "says that it has 154618822620 bytes")
     path.write_bytes(b"\0\0")
     refused(path, "starts with 0x0000, expected 0x00000803")
     packed = tmp_path / "y-idx3-ubyte.gz"

@@ -115,11 +115,11 @@ def test_damaged_files(folder, refused, tmp_path):
         (b"", "data_batch_2 is not a readable CIFAR-10 pickle"),
         (b"no pickle at all", "data_batch_2 is not a readable CIFAR-10 pickle"),
         (pickle.dumps([1, 2]), "data_batch_2: 'data' is NoneType, expected uint8 (N, 3072)"),
-        (pickle.dumps({"data": np.zeros((2, 3072))}), "'data' is float64 (2, 3072)"),
+        (pickle.dumps({"data": np.zeros((2, 3072))}), "'data' is f8 (2, 3072)"),
         (pickle.dumps({"data": np.zeros((2, 99), np.uint8)}), "'data' is uint8 (2, 99)"),
         (pickle.dumps({"data": np.zeros((0, 3072), np.uint8)}), "'data' is uint8 (0, 3072)"),
         (pickle.dumps({"data": np.array(3, np.uint8)}), "'data' is uint8 ()"),
-        (pickle.dumps({"data": np.array([{}], object)}), "'data' is object (1,)"),
+        (pickle.dumps({"data": np.array([{}], object)}), "'data' is O8 (1,)"),
     ]:
         (folder / "data_batch_2").write_bytes(content)
         refused(folder, part, "fetch it again")
