@@ -44,9 +44,11 @@ TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
   m.impl("weight_norm_bwd", TORCH_FN(nvae::weight_norm::backward_cpu));
 }
 
-// For tensors of any device, which it looks at one by one: those it cannot step go back to Python.
+// They look at the tensors of a list one by one, or at none.
 TORCH_LIBRARY_IMPL(nvae_fast, CompositeExplicitAutograd, m) {
-  m.impl("adamax_", TORCH_FN(nvae::adamax::adamax_));
+  m.impl("adamax_place", TORCH_FN(nvae::adamax::place));
+  m.impl("adamax_squares", TORCH_FN(nvae::adamax::squares));
+  m.impl("adamax_step_", TORCH_FN(nvae::adamax::step_));
 }
 
 #if defined(__clang__)

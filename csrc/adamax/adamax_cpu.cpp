@@ -1,15 +1,18 @@
-// adamax on the CPU: every float32 parameter of a list in one pass. The elements of all parameters stand in one long row,
-// cut into chunks of equal length, which threads take in turn; no sum crosses elements, so that results depend neither on
-// the number of threads nor on who takes what.
+// adamax on the CPU: every parameter of an arena in one pass, its gradient read where autograd left it. The elements of all
+// parameters stand in one long row, cut into chunks of equal length, which threads take in turn; no sum of the update crosses
+// elements and those of squares are joined in the order of chunks, so that results depend neither on the number of threads nor
+// on who takes what.
 #include "adamax/adamax_cpu.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <utility>
+#include <vector>
 
 #include "adamax/adamax.h"
 #include "common/isa.h"
@@ -25,88 +28,139 @@ using at::Tensor;
 constexpr int64_t kChunk = 1 << 14;  // elements, in one thread's hands at a time
 constexpr int64_t kShare = 1 << 16;  // elements a thread should find: fewer cost less than waking it
 
-// A parameter whose four arrays list their elements in the same order; its first one is number `begin` of the row.
+// A parameter; its first element is number `begin` of the row.
 struct Part {
   Elements elements;
   float size;
   int64_t begin;
 };
 
+// What the layout says of one parameter.
+struct Place {
+  int64_t begin;
+  at::IntArrayRef size, stride;
+};
+
+Place place_of(const int64_t* layout, int64_t number) {
+  const int64_t* record = layout + layout[number];
+  const size_t dim = static_cast<size_t>(record[1]);
+  return {record[0], {record + 2, dim}, {record + 2 + dim, dim}};
+}
+
 bool plain(const Tensor& t) {
   return t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat;
 }
 
 // Equal strides where they matter: those of axes of length 1 do not.
-bool same_order(const Tensor& t, const Tensor& like) {
+bool same_order(const Tensor& t, at::IntArrayRef stride) {
   for (int64_t d = 0; d < t.dim(); d++)
-    if (t.size(d) != 1 && t.stride(d) != like.stride(d)) return false;
+    if (t.size(d) != 1 && t.stride(d) != stride[d]) return false;
   return true;
 }
 
-void wrote(const Tensor& t) {  // what torch's in-place operations tell autograd
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+void check(const Tensor& grad, const Tensor& param, int64_t number) {
+  TORCH_CHECK(!grad.is_sparse(), "Adamax does not support sparse gradients");
+  TORCH_CHECK(plain(grad) && grad.sizes() == param.sizes(), "adamax: params[", number, "] has shape ", param.sizes(),
+              ", its grad ", grad.sizes(), " of type ", grad.scalar_type(), " on ", grad.device(),
+              "; expected that shape, float32 on the CPU");
 }
 
-// t itself or, where its memory has another order, a copy in the order of `like`. `back` collects what to copy back.
-Tensor ordered(const Tensor& t, const Tensor& like, std::vector<std::pair<Tensor, Tensor>>* back) {
-  if (t.is_same(like) || same_order(t, like)) return t;
-  Tensor copy = at::empty_strided(like.sizes(), like.strides(), like.options()).copy_(t);
-  if (back) back->emplace_back(t, copy);
-  return copy;
-}
-
-void check(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_infs,
-           at::TensorList steps) {
-  const size_t n = params.size();
-  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_infs.size() == n && steps.size() == n, "adamax: ", n,
-              " params, ", grads.size(), " grads, ", exp_avgs.size(), " exp_avgs, ", exp_infs.size(), " exp_infs, ",
-              steps.size(), " steps; expected as many of each");
-  for (size_t i = 0; i < n; i++) {
-    TORCH_CHECK(!grads[i].is_sparse(), "Adamax does not support sparse gradients");
-    const auto sizes = params[i].sizes();
-    TORCH_CHECK(grads[i].sizes() == sizes && exp_avgs[i].sizes() == sizes && exp_infs[i].sizes() == sizes &&
-                    steps[i].numel() == 1,
-                "adamax: params[", i, "] has shape ", sizes, ", its grad ", grads[i].sizes(), ", exp_avg ",
-                exp_avgs[i].sizes(), ", exp_inf ", exp_infs[i].sizes(), ", step ", steps[i].sizes(),
-                "; expected one shape, and one number as step");
-  }
+// Calls run(part, skip, n) for the pieces of chunk after chunk; a chunk is one thread's, its pieces come in order.
+template <class Run>
+void in_chunks(const std::vector<Part>& parts, int64_t total, const Run& run) {
+  std::atomic<int64_t> next{0};  // chunks go to whoever is free: other programs may hold up a thread
+  const int64_t tasks = std::min<int64_t>(at::get_num_threads(), (total + kShare - 1) / kShare);
+  at::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
+    const auto after = [](int64_t at, const Part& part) { return at < part.begin; };
+    for (int64_t at; (at = next.fetch_add(kChunk)) < total;) {
+      const int64_t end = std::min(total, at + kChunk), chunk = at / kChunk;
+      for (auto part = std::upper_bound(parts.begin(), parts.end(), at, after) - 1; at < end; ++part) {
+        const int64_t skip = at - part->begin, n = std::min(end - at, part->elements.n - skip);
+        run(*part, skip, n, chunk);
+        at += n;
+      }
+    }
+  });
 }
 
 }  // namespace
 
-std::vector<int64_t> adamax_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_infs,
-                             at::TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay,
-                             bool maximize) {
-  check(params, grads, exp_avgs, exp_infs, steps);
-  std::vector<int64_t> left;
+Tensor place(const Tensor& flat, int64_t begin, at::IntArrayRef size, at::IntArrayRef stride) {
+  char* data = static_cast<char*>(flat.data_ptr()) + begin * flat.element_size();
+  return at::for_blob(data, size)
+      .strides(stride)
+      .deleter([flat](void*) {})  // holds flat
+      .options(flat.options())
+      .target_device(flat.device())
+      .make_tensor();
+}
+
+Tensor squares(at::TensorList grads) {
   std::vector<Part> parts;
   std::vector<Tensor> copies;  // alive until the end
-  std::vector<std::pair<Tensor, Tensor>> back;
+  parts.reserve(grads.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < grads.size(); i++) {
+    check(grads[i], grads[i], static_cast<int64_t>(i));
+    if (grads[i].numel() == 0) continue;
+    Elements e{};
+    e.n = grads[i].numel();
+    if (grads[i].is_non_overlapping_and_dense())
+      e.grad = grads[i].const_data_ptr<float>();
+    else
+      e.grad = copies.emplace_back(grads[i].contiguous()).const_data_ptr<float>();
+    parts.push_back({e, 0.0f, total});
+    total += e.n;
+  }
+  std::vector<double> sums((total + kChunk - 1) / kChunk);
+  const auto run = NVAE_SELECT(squares);
+  in_chunks(parts, total, [&](const Part& part, int64_t skip, int64_t n, int64_t chunk) {
+    sums[chunk] += run(part.elements.grad + skip, n);
+  });
+  double sum = 0.0;
+  for (const double each : sums) sum += each;
+  Tensor out = at::empty({}, at::dtype(at::kDouble));
+  *out.mutable_data_ptr<double>() = sum;
+  return out;
+}
+
+bool step_(at::TensorList params, at::TensorList grads, at::IntArrayRef numbers, const Tensor& layout, const Tensor& param,
+           const Tensor& exp_avg, const Tensor& exp_inf, const std::optional<Tensor>& ema, const Tensor& steps,
+           const std::optional<Tensor>& factor, const std::optional<Tensor>& take, double lr, double beta1, double beta2,
+           double eps, double weight_decay, bool maximize, double ema_decay) {
+  TORCH_CHECK(grads.size() == params.size() && numbers.size() == params.size(), "adamax: ", params.size(), " params, ",
+              grads.size(), " grads, ", numbers.size(), " numbers; expected as many of each");
+  const int64_t* where = layout.const_data_ptr<int64_t>();
+  const float* base = param.const_data_ptr<float>();
+  for (size_t i = 0; i < params.size(); i++) {
+    const Place at = place_of(where, numbers[i]);
+    const Tensor& p = params[i];
+    if (!plain(p) || p.sizes() != at.size || p.strides() != at.stride) return false;
+    if (p.numel() && p.const_data_ptr<float>() != base + at.begin) return false;
+    check(grads[i], p, numbers[i]);
+  }
+  if (take && !*take->const_data_ptr<bool>()) return true;
+
+  std::vector<Part> parts;
+  std::vector<Tensor> copies;  // alive until the end
   parts.reserve(params.size());
   int64_t total = 0;
   for (size_t i = 0; i < params.size(); i++) {
-    const Tensor &p = params[i], &g = grads[i], &m = exp_avgs[i], &u = exp_infs[i], &s = steps[i];
-    if (!(plain(p) && plain(g) && plain(m) && plain(u) && plain(s))) {
-      left.push_back(static_cast<int64_t>(i));
-      continue;
-    }
-    const double t = *s.mutable_data_ptr<float>() += 1.0f;
+    const Place at = place_of(where, numbers[i]);
+    const Tensor &p = params[i], &g = grads[i];
+    const double t = steps.mutable_data_ptr<float>()[numbers[i]] += 1.0f;
     const float size = static_cast<float>(-(lr / (1.0 - std::pow(beta1, t))));
-    for (const Tensor* each : {&p, &m, &u, &s}) wrote(*each);
+    if (!p.is_inference()) p.unsafeGetTensorImpl()->bump_version();  // what torch's in-place operations tell autograd
     if (p.numel() == 0) continue;
     Elements e{};
     e.n = p.numel();
-    if (p.is_non_overlapping_and_dense() && same_order(g, p) && same_order(m, p) && same_order(u, p)) {
-      e.param = p.mutable_data_ptr<float>(), e.grad = g.const_data_ptr<float>();
-      e.exp_avg = m.mutable_data_ptr<float>(), e.exp_inf = u.mutable_data_ptr<float>();
-    } else {
-      Tensor dense = p;
-      if (!p.is_non_overlapping_and_dense()) back.emplace_back(p, dense = p.contiguous());
-      const Tensor grad = ordered(g, dense, nullptr), avg = ordered(m, dense, &back), inf = ordered(u, dense, &back);
-      e.param = dense.mutable_data_ptr<float>(), e.grad = grad.const_data_ptr<float>();
-      e.exp_avg = avg.mutable_data_ptr<float>(), e.exp_inf = inf.mutable_data_ptr<float>();
-      copies.push_back(grad);
-    }
+    if (same_order(g, at.stride))
+      e.grad = g.const_data_ptr<float>();
+    else
+      e.grad = copies.emplace_back(at::empty_strided(at.size, at.stride, g.options()).copy_(g)).const_data_ptr<float>();
+    e.param = param.mutable_data_ptr<float>() + at.begin;
+    e.exp_avg = exp_avg.mutable_data_ptr<float>() + at.begin, e.exp_inf = exp_inf.mutable_data_ptr<float>() + at.begin;
+    if (ema) e.ema = ema->mutable_data_ptr<float>() + at.begin;
     parts.push_back({e, size, total});
     total += e.n;
   }
@@ -114,26 +168,16 @@ std::vector<int64_t> adamax_(at::TensorList params, at::TensorList grads, at::Te
   Step step{};
   step.weight = static_cast<float>(1.0 - beta1);
   step.beta2 = static_cast<float>(beta2), step.eps = static_cast<float>(eps);
-  step.decay = static_cast<float>(weight_decay), step.sign = maximize ? -1.0f : 1.0f;
+  step.decay = static_cast<float>(weight_decay), step.ema_weight = static_cast<float>(1.0 - ema_decay);
+  step.factor = (maximize ? -1.0f : 1.0f) * (factor ? *factor->const_data_ptr<float>() : 1.0f);
   const auto run = NVAE_SELECT(update);
-  std::atomic<int64_t> next{0};  // chunks go to whoever is free: other programs may hold up a thread
-  const int64_t tasks = std::min<int64_t>(at::get_num_threads(), (total + kShare - 1) / kShare);
-  at::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
-    const auto after = [](int64_t at, const Part& part) { return at < part.begin; };
-    for (int64_t at; (at = next.fetch_add(kChunk)) < total;) {
-      const int64_t end = std::min(total, at + kChunk);
-      for (auto part = std::upper_bound(parts.begin(), parts.end(), at, after) - 1; at < end; ++part) {
-        const Elements& whole = part->elements;
-        const int64_t skip = at - part->begin, n = std::min(end - at, whole.n - skip);
-        Step own = step;
-        own.size = part->size;
-        run({whole.param + skip, whole.grad + skip, whole.exp_avg + skip, whole.exp_inf + skip, n}, own);
-        at += n;
-      }
-    }
+  in_chunks(parts, total, [&](const Part& part, int64_t skip, int64_t n, int64_t) {
+    const Elements& e = part.elements;
+    Step own = step;
+    own.size = part.size;
+    run({e.param + skip, e.grad + skip, e.exp_avg + skip, e.exp_inf + skip, e.ema ? e.ema + skip : nullptr, n}, own);
   });
-  for (auto& [target, copy] : back) target.copy_(copy);
-  return left;
+  return true;
 }
 
 }  // namespace nvae::adamax

@@ -1,5 +1,5 @@
 """One step of Adamax on many parameters at once."""
 
-from nvae_fast.kernels.adamax.api import adamax_
+from nvae_fast.kernels.adamax.api import Arena, fits
 
-__all__ = ["adamax_"]
+__all__ = ["Arena", "fits"]

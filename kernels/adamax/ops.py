@@ -1,34 +1,28 @@
-"""Schema of `adamax_`. The native code registers itself for it when it loads."""
+"""Schemas of adamax. Native code and Triton's launchers register themselves for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from nvae_fast.kernels._impl import native_predicate
 
-# Returns the numbers of the parameters that it left alone, because one of their five tensors is not a float32 one in memory
-# of the CPU. Meta tensors are among those, so that shapes need no function of their own.
+# A layout is, for each parameter, where its record begins, then the records: first element, number of axes, sizes, strides.
+torch.library.define("nvae_fast::adamax_place", "(Tensor flat, int begin, int[] size, int[] stride) -> Tensor")
+torch.library.define("nvae_fast::adamax_squares", "(Tensor[] grads) -> Tensor")
+# False where a parameter is not where the layout says; nothing is written then. `numbers` are those of the given parameters.
 torch.library.define(
-    "nvae_fast::adamax_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_infs, Tensor(d!)[] steps, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> int[]",
+    "nvae_fast::adamax_step_",
+    "(Tensor(a!)[] params, Tensor[] grads, int[] numbers, Tensor layout, Tensor(b!) param, Tensor(c!) exp_avg, "
+    "Tensor(d!) exp_inf, Tensor(e!)? ema, Tensor(f!) steps, Tensor? factor, Tensor? take, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize, float ema_decay) -> bool",
+)
+# The same with the gradients laid out like the parameters: reference.py defines what they do.
+torch.library.define("nvae_fast::adamax_flat_squares", "(Tensor grad) -> Tensor")
+torch.library.define(
+    "nvae_fast::adamax_flat_step_",
+    "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_inf, Tensor(d!)? ema, Tensor(e!) steps, Tensor rows, "
+    "Tensor active, Tensor lr, Tensor? factor, Tensor? take, float beta1, float beta2, float eps, float weight_decay, "
+    "bool maximize, float ema_decay) -> ()",
 )
 
-_compiled = native_predicate("cpu", torch.float32)
-
-
-def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
-    """Predicate of impl="cpu"."""
-    for t in tensors:
-        if t.layout != torch.strided:
-            return f"it takes dense tensors, not {t.layout}"
-        if type(t) not in PLAIN:
-            return f"it takes plain tensors, not {type(t).__name__}"
-    return _compiled(tensors)
-
-
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
-"""Types of tensors whose memory is what it seems; a subclass (DTensor, say) has its own idea of an operation."""
+cpu_can_run = native_predicate("cpu", torch.float32)
