@@ -215,8 +215,8 @@ class NVAE(nn.Module):
         return decoder_distribution(logits, likelihood=c.output_likelihood, channels=c.channels,
                                     num_mixtures=c.num_mixture_dec, num_bits=c.num_x_bits, compat=c.compat)  # fmt: skip
 
-    def loss(self, x: Tensor, *, kl_coeff: float = 1.0, spectral_coeff: float = 0.0, noise: Sequence[Tensor] | None = None,
-             spectral: SpectralState | None = None) -> dict[str, Tensor]:  # fmt: skip
+    def loss(self, x: Tensor, *, kl_coeff: float | Tensor = 1.0, spectral_coeff: float | Tensor = 0.0,
+             noise: Sequence[Tensor] | None = None, spectral: SpectralState | None = None) -> dict[str, Tensor]:  # fmt: skip
         """Every term of the training objective by name (nats; B images, N groups).
 
         total = mean_B(recon + balanced_kl) + spectral_coeff * (spectral + bn). `recon` [B] is -log p(x|z), `kl` [B] the plain
@@ -228,7 +228,7 @@ class NVAE(nn.Module):
         with shared_effective_weights(self.convolutions()):
             out = self(x, noise)
             bn = sr = out.log_q.new_zeros(())
-            if spectral_coeff:
+            if isinstance(spectral_coeff, Tensor) or spectral_coeff:
                 sr = (spectral if spectral is not None else SpectralState())(self.convolutions())
                 bn = bn_regularizer(self.batch_norms())
         dist = self.decoder_output(out.logits)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.config import TrainConfig
+from nvae_fast.kernels._constant import constant
 
 
 def reconstruction_loss(dist, x: Tensor, padding: int = 0) -> Tensor:
@@ -35,16 +36,23 @@ def kl_alpha(groups_per_scale: Sequence[int], schedule: str = "square") -> list[
     return [a / min(alpha) for a in alpha]
 
 
-def balance_kl(kl_all: Tensor, kl_coeff: float, alpha: Sequence[float], *, balance: bool = True) -> tuple[Tensor, Tensor]:
+def balance_kl(
+    kl_all: Tensor, kl_coeff: float | Tensor, alpha: Sequence[float], *, balance: bool = True
+) -> tuple[Tensor, Tensor]:
     """(kl_coeff * sum_i gamma_i kl_i per image [B], gamma [N]) for kl_all [N, B].
 
     gamma_i is (mean_batch |kl_i| + 0.01) / alpha_i over its mean, without gradient: groups far from their share are pushed
-    less. All ones once kl_coeff reaches 1, or without `balance`.
+    less. All ones once kl_coeff reaches 1, or without `balance`. A kl_coeff that is a tensor (a float32 scalar) gives the bits
+    that its number gives.
     """
     gamma = torch.ones_like(kl_all[:, 0])
-    if balance and kl_coeff < 1:
-        gamma = (kl_all.detach().abs().mean(1) + 0.01) / torch.tensor(alpha, dtype=kl_all.dtype, device=kl_all.device)
-        gamma = gamma / gamma.mean()
+    scheduled = isinstance(kl_coeff, Tensor)
+    if balance and (scheduled or kl_coeff < 1):
+        key = (tuple(alpha), kl_all.dtype)
+        shares = constant(key, kl_all, lambda: torch.tensor(alpha, dtype=kl_all.dtype))
+        balanced = (kl_all.detach().abs().mean(1) + 0.01) / shares
+        balanced = balanced / balanced.mean()
+        gamma = torch.where(kl_coeff < 1, balanced, gamma) if scheduled else balanced
     return kl_coeff * (gamma[:, None] * kl_all).sum(0), gamma
 
 

@@ -30,8 +30,8 @@ class FusedAdamax(torch.optim.Adamax):
     packs them again. Gradients stay autograd's own.
 
     Parameters that are not plain float32 ones with memory of their own (`kernels.adamax.fits`), groups that are
-    `differentiable`, or `capturable` on the CPU, and the inside of torch.compile take torch's own implementation; `foreach` says
-    which one, and nothing where ours runs.
+    `differentiable`, or `capturable` on the CPU, and the inside of torch.compile take torch's own implementation; `foreach`
+    says which one, and nothing where ours runs.
 
     Formula, order of operations and source: `nvae_fast.kernels.adamax.Arena`.
     """
@@ -99,6 +99,12 @@ class FusedAdamax(torch.optim.Adamax):
         """What groups and state consist of; arenas keep all of it alive."""
         groups = chain.from_iterable(group["params"] for group in self.param_groups)
         return list(map(id, chain(groups, chain.from_iterable(map(dict.values, self.state.values())))))
+
+    def packed(self) -> bool:
+        """Whether parameters and state are still where the last step left them."""
+        if self._arenas is None or self._seen != self._pieces():
+            return False
+        return all(arena is None or arena.intact() for arena, _ in self._arenas)
 
     def _pack(self) -> None:
         old = [arena for arena, _ in self._arenas or () if arena is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ class SpectralState:
 
     Calling it with the convolutions returns the sum of sigma = u^T W v over their effective weights W, seen as matrices
     (Cout, rest), after 40 power iterations the first time a shape is seen and 4 later. u and v are constants for the gradient:
-    d sigma / dW = u v^T. `u["RxC"]` is [n, R] and `v["RxC"]` [n, C] for the n matrices of that shape, in layer order.
+    d sigma / dW = u v^T. `u["RxC"]` is [n, R] and `v["RxC"]` [n, C] for the n matrices of that shape, in layer order; they stay
+    where they are in memory while they move.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -27,6 +28,11 @@ class SpectralState:
         self.v: dict[str, Tensor] = {}
         self.seed = seed
         self._warm: set[str] = set()  # shapes that have had their long first run
+
+    @property
+    def warm(self) -> bool:
+        """Whether every shape seen so far has had its long first run."""
+        return bool(self.u) and self._warm >= self.u.keys()
 
     def __call__(self, convs: Sequence[nn.Conv2d]) -> Tensor:
         """The spectral regulariser (a scalar); moves u and v."""
@@ -40,22 +46,15 @@ class SpectralState:
             if keys:
                 total.append(self._advance({k: groups[k] for k in keys}, iterations))
         self._warm.update(groups)
-        return torch.stack(total).sum()
+        return total[0] if len(total) == 1 else torch.stack(total).sum()
 
-    def _advance(self, groups: dict[str, list[Tensor]], iterations: int) -> Tensor:
+    def _advance(self, groups: Mapping[str, list[Tensor]], iterations: int) -> Tensor:
         for key, weights in groups.items():
             self._ensure_vectors(key, weights)
-        sigma, u, v = F.power_iteration(
-            [w for weights in groups.values() for w in weights],
-            [row for k in groups for row in self.u[k].unbind()],
-            [row for k in groups for row in self.v[k].unbind()],
-            iterations=iterations,
-        )
-        done = 0
-        for key, weights in groups.items():
-            rows = slice(done, done + len(weights))
-            self.u[key], self.v[key] = torch.stack(u[rows]), torch.stack(v[rows])
-            done += len(weights)
+        u, v = ([row for k in groups for row in store[k].unbind()] for store in (self.u, self.v))
+        sigma, *moved = F.power_iteration([w for weights in groups.values() for w in weights], u, v, iterations=iterations)
+        with torch.no_grad():
+            torch._foreach_copy_(u + v, moved[0] + moved[1])
         return sigma.sum()
 
     def _ensure_vectors(self, key: str, weights: list[Tensor]) -> None:
@@ -74,8 +73,16 @@ class SpectralState:
 
     def load_state_dict(self, state: dict[str, Tensor], *, warm: bool = True) -> None:
         """Take over what `state_dict` returned; the next call iterates 4 times if `warm`, else 40 times."""
-        self.u = {k.removeprefix("u/"): t.clone() for k, t in state.items() if k.startswith("u/")}
-        self.v = {k.removeprefix("v/"): t.clone() for k, t in state.items() if k.startswith("v/")}
+        for name, store in (("u", self.u), ("v", self.v)):
+            given = {k.removeprefix(f"{name}/"): t for k, t in state.items() if k.startswith(f"{name}/")}
+            for key in store.keys() - given.keys():
+                del store[key]
+            for key, t in given.items():
+                old = store.get(key)
+                if old is not None and (old.shape, old.dtype, old.device) == (t.shape, t.dtype, t.device):
+                    old.copy_(t)  # a recorded step writes there
+                else:
+                    store[key] = t.clone()
         self._warm = set(self.u) if warm else set()
 
 

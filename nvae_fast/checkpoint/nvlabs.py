@@ -227,13 +227,13 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, model: NVAE) -> dict[str,
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     moments = {"step", "exp_avg", "exp_inf"}
     if (len(content["param_groups"]) != 1 or shapes != [p.shape for p in model.parameters()]
-            or any(s.keys() != moments for s in content["state"].values())):  # fmt: skip
+            or any(s.keys() - {"ema"} != moments for s in content["state"].values())):  # fmt: skip
         raise InputError(
             f"the optimizer ({type(optimizer).__name__}) is not an Adamax with one group of this model's parameters in their "
             "order: use nvae_fast.optim.make_optimizer(model)"
         )
     for i, s in content["state"].items():
-        content["state"][i] = {k: int(v) if k == "step" else _copy(v) for k, v in s.items()}
+        content["state"][i] = {k: int(s[k]) if k == "step" else _copy(s[k]) for k in s if k in moments}
     return content
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
+from nvae_fast.kernels._constant import constant
 from nvae_fast.kernels._norm import ACTIVATIONS
 
 
@@ -79,7 +80,8 @@ def bn_regularizer(bns: list[nn.BatchNorm2d]) -> Tensor:
     if not bns:
         return torch.zeros(())
     weights = torch.cat([bn.weight for bn in bns]).abs()
-    sizes = torch.tensor([bn.num_features for bn in bns])
-    layer = torch.repeat_interleave(torch.arange(len(bns)), sizes, output_size=weights.numel()).to(weights.device)
+    sizes = tuple(bn.num_features for bn in bns)
+    count = weights.numel()
+    layer = constant(sizes, weights, lambda: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=count))
     # as max does, its gradient is shared evenly among the largest
     return weights.new_zeros(len(bns)).scatter_reduce(0, layer, weights, "amax", include_self=False).sum()

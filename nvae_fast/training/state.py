@@ -18,7 +18,7 @@ from nvae_fast.model import NVAE
 from nvae_fast.optim import make_optimizer
 from nvae_fast.regularization import SpectralState
 
-MOMENTS = ("step", "exp_avg", "exp_inf")
+MOMENTS = ("step", "exp_avg", "exp_inf", "ema")  # the last where the optimiser averages the weights
 
 
 @dataclass
@@ -84,16 +84,16 @@ def _progress(folder: Path, meta: dict[str, Any]) -> Progress:
 
 def _fill_optimizer(optimizer: torch.optim.Optimizer, model: NVAE, tensors: dict[str, Tensor]) -> None:
     expected: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     named_parameters = list(model.named_parameters())
-    for name, p in named_parameters:
-        if f"optimizer/step/{name}" in tensors:
-            expected |= {f"optimizer/{m}/{name}": p if m != "step" else torch.zeros(()) for m in MOMENTS}
-    check_keys(expected, {k: t for k, t in tensors.items() if k.startswith("optimizer/")})
-    state = {}
     for i, (name, p) in enumerate(named_parameters):
-        if f"optimizer/step/{name}" in expected:  # strides as the parameter's: the multi-tensor step is slow on mixed ones
-            state[i] = {m: torch.empty_like(p).copy_(tensors[f"optimizer/{m}/{name}"]) for m in MOMENTS[1:]}
-            state[i]["step"] = tensors[f"optimizer/step/{name}"]
+        if f"optimizer/step/{name}" in tensors:
+            state[i] = {m: p for m in MOMENTS if m != "ema" or f"optimizer/ema/{name}" in tensors} | {"step": torch.zeros(())}
+            expected |= {f"optimizer/{m}/{name}": like for m, like in state[i].items()}
+    check_keys(expected, {k: t for k, t in tensors.items() if k.startswith("optimizer/")})
+    for i, (name, _) in enumerate(named_parameters):
+        if i in state:
+            state[i] = {m: tensors[f"optimizer/{m}/{name}"] for m in state[i]}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
