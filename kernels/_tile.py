@@ -18,6 +18,12 @@ def offset_of(index, WIDE: tl.constexpr):
 
 
 @triton.jit
+def multiple(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT (`_triton.unit`): the compiler, which finds multiples of 16 alone, reads rows that wide."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
 def load_pitched(ptr, m, c, M, C, PITCH):
     """[BLOCK_M, BLOCK_C] of rows that are PITCH values apart, 0 outside."""
     return tl.load(ptr + m[:, None] * PITCH + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)

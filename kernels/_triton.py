@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,6 +93,11 @@ def floats(name: str, t: Tensor | None, *shape: int) -> Tensor | None:
 def wide(t: Tensor) -> bool:
     """Whether offsets into t need 64 bits. Those into the last, partial tile may pass the end by less than 2^20."""
     return t.numel() >= 2**31 - 2**20
+
+
+def unit(n: int) -> int:
+    """The largest power of 2 that divides n, 16 at most."""
+    return math.gcd(n, 16)
 
 
 def power_of_2(n: int, most: int) -> int:

@@ -1,7 +1,7 @@
 """y[n, o, i, j] = sum_c w[o, c] a[n, c, i, j], a = act(norm(x)), or x without a norm
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds,
-else "reference".
+"triton" for float32, bfloat16 and float16 images on CUDA where Triton is installed, else "reference".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from nvae_fast.kernels import _auto, _impl, _norm_conv
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.pointwise_conv import ops, reference
 
-_impl.register("pointwise_conv", cpu=ops.cpu_can_run)
+_impl.register("pointwise_conv", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
 def pointwise_conv(
@@ -27,13 +27,14 @@ def pointwise_conv(
     """A 1x1 convolution without bias, with the batch normalisation and the activation before it where `norm` is given.
 
     x [N, C, H, W], any strides; weight [C_out, C, 1, 1]. Returns [N, C_out, H, W] in the dtype of x (under autocast: in
-    autocast's), channels-last from the native implementation, whose arithmetic is float32 throughout. Kept for backward: x, the
-    weight and 5 C floats; the normalised tensor is never stored.
+    autocast's), channels-last from the native implementations, which sum in float32. Kept for backward: x, the weight and 5 C
+    floats; the normalised tensor is never stored.
 
     norm: a `Norm` over C channels. In training its running statistics move, once.
     act: "identity", "swish" or "elu", behind the norm.
     return_stats: also return mean and biased variance [2, C_out] of y, without gradient, as `Norm(stats=...)` takes them.
-    impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone can be differentiated twice.
+    impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
+        differentiated twice.
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._impl import native_predicate
 from nvae_fast.kernels.bn_act.ops import empty_image
 
@@ -23,6 +24,8 @@ torch.library.define(
 )
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+triton_can_run = _triton.can_run
+_triton.register("pointwise_conv", "pointwise_conv_fwd", "pointwise_conv_bwd")
 
 
 @torch.library.register_fake("nvae_fast::pointwise_conv_fwd")

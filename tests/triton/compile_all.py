@@ -16,28 +16,53 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = "_join", "bn_act.triton", "se_residual.triton"
-STORED = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "du_ptr", "skip_ptr"}  # images; every other pointer is a float32 table
+from nvae_fast.kernels.pointwise_conv import triton as pointwise
+
+MODULES = "_join", "bn_act.triton", "pointwise_conv.triton", "se_residual.triton"
+STORED = {"w_ptr", "x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "du_ptr", "skip_ptr"}  # images; every other pointer is a float32 table
 REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale"}
-CONSTANTS = dict(ACT=1, WIDE=False, ROW=1, BLOCK=2048, BLOCK_M=32, BLOCK_C=64, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
+CONSTANTS = dict(
+    ACT=1, WIDE=False, ROW=1, VAR=True, BLOCK_K=32, BLOCK=2048, BLOCK_M=32, BLOCK_C=64, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16
+)
 GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
 ABSENT = {  # which pointers a launcher may leave out
     "bn_act_coefficients_kernel": [("weight_ptr",), ("bias_ptr",), ("weight_ptr", "bias_ptr")],
+    "pointwise_conv_fwd_kernel": [("sums_ptr",), ("parts_ptr", "sums_ptr"), ("bn_ptr", "parts_ptr", "sums_ptr")],
+    "pointwise_conv_du_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr", "parts_ptr"), ("bn_ptr", "parts_ptr")],
+    "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
     "se_residual_sums_kernel": [("bn_ptr",), ("bn_ptr", "x_ptr")],
     "se_residual_fwd_kernel": [("bn_ptr",), (*GATE, "parts_ptr"), (*GATE, "parts_ptr", "bn_ptr")],
     "se_residual_bwd_kernel": [("bn_ptr",), GATE, (*GATE, "parts_ptr", "bn_ptr")],
     "se_residual_apply_kernel": [("skip_ptr",)],
     "se_residual_weights_kernel": [("bn_ptr",)],
 }
+PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
+    "pointwise_conv_fwd_kernel": (pointwise.FORWARD, "MNK"),
+    "pointwise_conv_du_kernel": (pointwise.BACKWARD, "MKN"),
+    "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
+}
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
-def compiled(
-    name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False, wide: bool = False
-):
-    """`absent` pointers are None; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes."""
+def tiles(name: str, storage: str) -> list[dict]:
+    """The constants and options of each tile that a launcher may choose; one empty dict where CONSTANTS say it."""
+    if name not in PRODUCTS:
+        return [{}]
+    table, order = PRODUCTS[name]
+    rows = table[4 if storage == "fp32" else 2]
+    return [{f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | {"num_warps": row[3]} for row in rows]
+
+
+def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False,
+             wide: bool = False, tile: dict | None = None, unit: int = 16):  # fmt: skip
+    """`absent` pointers are None; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes;
+    `unit`: that K and N are multiples of is said by UNIT_K and UNIT_N alone."""
+    tile = tiles(name, storage)[-1] if tile is None else tile
     names = kernel.arg_names
-    constants = CONSTANTS | {"WIDE": wide} | dict.fromkeys(absent)
+    constants = (
+        CONSTANTS | tile | {"WIDE": wide} | dict.fromkeys(absent) | dict.fromkeys(("UNIT_K", "UNIT_N"), 1 if ones else unit)
+    )
+    multiples = ("C", "K", "N", "WIDTH") if unit == 16 else ("C", "WIDTH")
     kinds = {}
     for n in names:
         kinds[n] = f"*{storage if n in STORED else 'fp32'}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
@@ -47,14 +72,16 @@ def compiled(
             constants.setdefault(n, 1)
         if n in constants:
             kinds[n] = "constexpr"
-    divisible = [i for i, n in enumerate(names) if n not in constants and (n.endswith("_ptr") or n in ("C", "WIDTH"))]
+    divisible = [i for i, n in enumerate(names) if n not in constants and (n.endswith("_ptr") or n in multiples)]
     source = ASTSource(
         fn=kernel,
         signature=kinds,
         constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=4)).asm["ptx"]
+    options = dict(num_warps=tile.get("num_warps", 4), num_stages=3)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = binary.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
@@ -62,6 +89,7 @@ def compiled(
         command = [ASSEMBLER, "-v", f"-arch={re.search(r'[.]target (sm_[0-9a-z]+)', ptx)[1]}", path, "-o", f"{path}.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     images = [n for n in names if n in STORED]
+    products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
     return {
         "kernel": name,
         "storage": storage,
@@ -70,13 +98,19 @@ def compiled(
         "loads": _widths(ptx, "ld"),
         "stores": _widths(ptx, "st"),
         "local": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", said))) + ptx.count(".local"),
+        "shared": binary.metadata.shared,
+        "wgmma": len(products),
+        "wgmma_registers": sum(bool(re.search(r"\}, *\{", p)) for p in products),  # whose left operand is in registers
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
     }
 
 
 def _widths(ptx: str, access: str) -> dict[str, int]:
-    """Bits of an access to global memory -> how many there are."""
+    """Bits of an access to global memory -> how many there are (of loads, also those straight into shared memory)."""
     found: dict[str, int] = {}
+    if access == "ld":
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+),", ptx):
+            found[str(8 * int(size, 0))] = found.get(str(8 * int(size, 0)), 0) + 1
     for vector, bits in re.findall(rf"{access}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx):
         width = str(int(vector or 1) * int(bits))
         found[width] = found.get(width, 0) + 1
@@ -90,8 +124,11 @@ if __name__ == "__main__":
             if name.startswith(module.strip("_").removesuffix(".triton")) and name.endswith("_kernel"):
                 kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
                 kinds = ("fp32", "fp16") if STORED & set(kernel.arg_names) else ("fp32",)
-                rows += [compiled(name, kernel, storage, arch) for storage in kinds for arch in (80, 90)]
+                for storage in kinds:
+                    for tile in tiles(name, storage):
+                        rows += [compiled(name, kernel, storage, arch, tile=tile) for arch in (80, 90)]
                 others = [dict(absent=absent) for absent in ABSENT.get(name, [])] + [dict(ones=True)]
                 others += [dict(wide=True)] if "WIDE" in kernel.arg_names else []
+                others += [dict(unit=8, storage="fp16")] if name in PRODUCTS else []
                 rows += [compiled(name, kernel, **options) | options for options in others]
     print(json.dumps(rows))

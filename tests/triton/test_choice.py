@@ -24,7 +24,7 @@ def modern_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", _triton.DTYPES)
-@pytest.mark.parametrize("op", ["bn_act", "se_residual"])
+@pytest.mark.parametrize("op", ["bn_act", "pointwise_conv", "se_residual"])
 def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype):
     x = on_cuda(dtype)
     assert _impl.resolve_impl(op, "auto", x, x) == "triton" == _impl.resolve_impl(op, "triton", x)
@@ -46,8 +46,9 @@ def test_other_types_and_machines_are_refused_with_the_reason(modern_gpu, monkey
 def test_every_schema_has_a_launcher_for_cuda():
     for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::bn_act_{name}", "CUDA")
-    for name in ("fwd", "bwd"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::se_residual_{name}", "CUDA")
+    for op in ("pointwise_conv", "se_residual"):
+        for name in ("fwd", "bwd"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::{op}_{name}", "CUDA")
     assert F.bn_act.__module__ == "nvae_fast.kernels.bn_act.api"
 
 
