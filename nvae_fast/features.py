@@ -156,7 +156,7 @@ def reference(source: ImageSource, features: Features, folder: str | Path, devic
     ends = [np.arange(min(64, count)), np.arange(max(count - 64, 0), count)]
     digest = hashlib.sha256(json.dumps([features.name, count, source.height, source.width, source.channels]).encode())
     for index in ends:
-        digest.update(np.ascontiguousarray(source.batch(index, np.full((len(index), 2), 0.5, np.float32))))
+        digest.update(np.ascontiguousarray(source.batch(index, np.full((len(index), 2), 0.5, np.float32)).images))
     file = Path(folder) / f"reference-{features.name}-{digest.hexdigest()[:16]}.safetensors"
     about = {"format": "nvae_fast reference 1", "images": source.name, "count": str(count), "features": features.name}
     if (kept := _read(file, about, features.dim)) is not None:
