@@ -57,9 +57,10 @@ def _launcher(op: str, name: str) -> Callable[..., Any]:
     def load() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"nvae_fast.kernels.{op}.triton"), name)
 
-    def launch(x: Tensor, *args: Any) -> Any:
+    def launch(*args: Any) -> Any:
+        x = next(t for t in args if isinstance(t, Tensor))
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
-            return load()(x, *args)
+            return load()(*args)
 
     return launch
 
@@ -81,6 +82,19 @@ def image(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
+def line_strides(t: Tensor) -> tuple[int, int, int] | None:
+    """Strides of batch elements, channels and pixels of t [B, C, H, W], where each map [H, W] is one line; else None."""
+    b, c, h, w = t.stride()
+    if t.shape[3] == 1:
+        return b, c, h
+    return (b, c, w) if t.shape[2] == 1 or h == t.shape[3] * w else None
+
+
+def as_lines(t: Tensor) -> Tensor:
+    """t, or a copy whose maps are lines."""
+    return t if line_strides(t) else t.contiguous()
+
+
 def floats(name: str, t: Tensor | None, *shape: int) -> Tensor | None:
     """A float32 table of that shape, dense, or None."""
     if t is None:
@@ -92,7 +106,7 @@ def floats(name: str, t: Tensor | None, *shape: int) -> Tensor | None:
 
 def wide(t: Tensor) -> bool:
     """Whether offsets into t need 64 bits. Those into the last, partial tile may pass the end by less than 2^20."""
-    return t.numel() >= 2**31 - 2**20
+    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31 - 2**20
 
 
 def unit(n: int) -> int:

@@ -7,8 +7,8 @@ for (G, R), (B, R), (B, G)). For any other C they are (C, 2M) means and log-scal
 through tanh. Images are in [0, 1]; the formulas are in y = 2x - 1.
 
 `impl="auto"` of `logistic_mixture_log_prob` takes "cpu" on the CPU for float32 and bfloat16 params and an x that needs no
-gradient (measured against the reference: README.md beside this file), else "reference". The other two have their reference
-only: they run once per image drawn, not in training.
+gradient (measured against the reference: README.md beside this file), "triton" on CUDA where Triton is installed (float16 too),
+else "reference". The other two have their reference only: they run once per image drawn, not in training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nvae_fast.kernels.logistic_mixture import ops, reference
 
 COMPAT = ("nvlabs", "fixed")
 
-_impl.register("logistic_mixture_log_prob", cpu=ops.cpu_can_run)
+_impl.register("logistic_mixture_log_prob", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 _impl.register("logistic_mixture_sample")
 _impl.register("logistic_mixture_mean")
 
@@ -49,8 +49,8 @@ def logistic_mixture_log_prob(
         num_bits: bits per channel, 1 to 8.
         compat: "nvlabs" takes y > 0.99 for the top, which with 8 bits makes level 254 open-ended too (published
             numbers: a pixel's probabilities sum to more than 1); "fixed" the top level alone.
-        impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone gives a gradient of x and can be
-            differentiated twice.
+        impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone gives a
+            gradient of x and can be differentiated twice.
 
     Returns:
         float32 (float64 for float64 params).
@@ -72,7 +72,7 @@ def logistic_mixture_log_prob(
     if x.device != params.device:
         raise ValueError(f"x is on {x.device} and params on {params.device}: move them to one device")
     x = x.to(torch.promote_types(params.dtype, torch.float32))
-    if _impl.resolve_impl("logistic_mixture_log_prob", impl, x, params) == "cpu":
+    if _impl.resolve_impl("logistic_mixture_log_prob", impl, x, params) != "reference":
         return ops.LogisticMixtureLogProb.apply(x, params, num_mixtures, num_bits, compat == "fixed")
     return reference.logistic_mixture_log_prob(x, params, num_mixtures=num_mixtures, num_bits=num_bits, compat=compat)
 

@@ -8,22 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
-from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels._impl import Predicate, native_predicate
 
 _INPUTS = "Tensor x, Tensor params, int num_mixtures, int num_bits, bool fixed"
 
 torch.library.define("nvae_fast::logistic_mixture_log_prob_fwd", f"({_INPUTS}) -> Tensor")
 torch.library.define("nvae_fast::logistic_mixture_log_prob_bwd", f"(Tensor grad, {_INPUTS}) -> Tensor")
 
-_compiled = native_predicate("cpu", torch.float32, torch.bfloat16)
+_triton.register("logistic_mixture", "logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd")
 
 
-def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
-    """Predicate of impl="cpu"; x is the first tensor of a call."""
-    if tensors[0].requires_grad:
-        return "x requires a gradient, which only the reference gives"
-    return _compiled(tensors)
+def _x_is_data(can_run: Predicate) -> Predicate:
+    """x is the first tensor of a call."""
+
+    def predicate(tensors: Sequence[Tensor]) -> str | None:
+        if tensors[0].requires_grad:
+            return "x requires a gradient, which only the reference gives"
+        return can_run(tensors)
+
+    return predicate
+
+
+cpu_can_run = _x_is_data(native_predicate("cpu", torch.float32, torch.bfloat16))
+triton_can_run = _x_is_data(_triton.can_run)
 
 
 @torch.library.register_fake("nvae_fast::logistic_mixture_log_prob_fwd")

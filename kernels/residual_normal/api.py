@@ -4,7 +4,8 @@ Everything here takes the raw outputs of the networks, clamps them itself, and a
 float32 (float64 for float64 input), whatever the input's dtype and autocast.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 tensors on the CPU (measured against the reference: README.md beside
-this file), else "reference". `normal_sample` and `normal_log_prob` have their reference only.
+this file), "triton" for float32, bfloat16 and float16 tensors on CUDA where Triton is installed, else "reference".
+`normal_sample` and `normal_log_prob` have their reference only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nvae_fast.kernels import _impl
 from nvae_fast.kernels.residual_normal import ops, reference
 from nvae_fast.kernels.residual_normal.reference import ResidualNormalOutput
 
-_impl.register("residual_normal", cpu=ops.cpu_can_run)
+_impl.register("residual_normal", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 _impl.register("normal_sample")
 _impl.register("normal_log_prob")
 
@@ -45,7 +46,8 @@ def residual_normal(
 
     noise: standard normal, [B, Z, h, w]; drawn with `generator` when None, in float32 also for low precisions, so that
         one seed means one sample. It is data: no gradient flows into it, except through the reference.
-    impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone can be differentiated twice.
+    impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
+        differentiated twice.
 
     Raises ValueError or TypeError for tensors that do not fit together, RuntimeError for an `impl` that cannot run.
     """

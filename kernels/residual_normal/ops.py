@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
-from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels._impl import Predicate, native_predicate
 
 _PARAMETERS = "Tensor mu_q, Tensor log_sigma_q, Tensor? mu_p, Tensor? log_sigma_p, Tensor noise, bool residual"
 _GRADIENTS = "Tensor? dz, Tensor? dkl, Tensor? dlog_q, Tensor? dlog_p"
@@ -17,14 +18,22 @@ _GRADIENTS = "Tensor? dz, Tensor? dkl, Tensor? dlog_q, Tensor? dlog_p"
 torch.library.define("nvae_fast::residual_normal_fwd", f"({_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define("nvae_fast::residual_normal_bwd", f"({_GRADIENTS}, {_PARAMETERS}) -> Tensor[]")
 
-_compiled = native_predicate("cpu", torch.float32, torch.bfloat16)
+_triton.register("residual_normal", "residual_normal_fwd", "residual_normal_bwd")
 
 
-def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
-    """Predicate of impl="cpu"; the noise is the last tensor of a call."""
-    if tensors[-1].requires_grad:
-        return "the noise requires a gradient, which only the reference gives"
-    return _compiled(tensors)
+def _noise_is_data(can_run: Predicate) -> Predicate:
+    """The noise is the last tensor of a call."""
+
+    def predicate(tensors: Sequence[Tensor]) -> str | None:
+        if tensors[-1].requires_grad:
+            return "the noise requires a gradient, which only the reference gives"
+        return can_run(tensors)
+
+    return predicate
+
+
+cpu_can_run = _noise_is_data(native_predicate("cpu", torch.float32, torch.bfloat16))
+triton_can_run = _noise_is_data(_triton.can_run)
 
 
 @torch.library.register_fake("nvae_fast::residual_normal_fwd")

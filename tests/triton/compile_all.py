@@ -19,12 +19,36 @@ from triton.compiler import ASTSource
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
 MODULES = "_join", "bn_act.triton", "pointwise_conv.triton", "se_residual.triton"
+MODULES += "residual_normal.triton", "logistic_mixture.triton"
 STORED = {"w_ptr", "x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "du_ptr", "skip_ptr"}  # images; every other pointer is a float32 table
-REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale"}
+STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
+REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 CONSTANTS = dict(
-    ACT=1, WIDE=False, ROW=1, VAR=True, BLOCK_K=32, BLOCK=2048, BLOCK_M=32, BLOCK_C=64, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16
+    ACT=1,
+    WIDE=False,
+    ROW=1,
+    VAR=True,
+    RESIDUAL=True,
+    BLOCK_K=32,
+    BLOCK=2048,
+    BLOCK_M=32,
+    BLOCK_C=64,
+    BLOCK_T=32,
+    BLOCK_N=8,
+    BLOCK_H=16,
 )
 GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
+SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
+LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent channels; three colours and 10 mixtures
+    "residual_normal": [
+        dict(layout="channels-last", in_z=1, noise_p=1, out_z=1, G=20, STEP=25, BLOCK=512, BLOCK_P=32, BLOCK_G=32),
+        dict(layout="planar", in_p=1, noise_p=1, out_p=1, G=1, STEP=512, BLOCK=512, BLOCK_P=512, BLOCK_G=1),
+    ],
+    "logistic_mixture": [
+        dict(layout="channels-last", x_p=1, params_c=1, out_c=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
+        dict(layout="planar", x_p=1, params_p=1, out_p=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
+    ],
+}
 ABSENT = {  # which pointers a launcher may leave out
     "bn_act_coefficients_kernel": [("weight_ptr",), ("bias_ptr",), ("weight_ptr", "bias_ptr")],
     "pointwise_conv_fwd_kernel": [("sums_ptr",), ("parts_ptr", "sums_ptr"), ("bn_ptr", "parts_ptr", "sums_ptr")],
@@ -35,6 +59,8 @@ ABSENT = {  # which pointers a launcher may leave out
     "se_residual_bwd_kernel": [("bn_ptr",), GATE, (*GATE, "parts_ptr", "bn_ptr")],
     "se_residual_apply_kernel": [("skip_ptr",)],
     "se_residual_weights_kernel": [("bn_ptr",)],
+    "residual_normal_fwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr")],
+    "residual_normal_bwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr", "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), SUMS],
 }
 PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_fwd_kernel": (pointwise.FORWARD, "MNK"),
@@ -47,7 +73,7 @@ ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxa
 def tiles(name: str, storage: str) -> list[dict]:
     """The constants and options of each tile that a launcher may choose; one empty dict where CONSTANTS say it."""
     if name not in PRODUCTS:
-        return [{}]
+        return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), [{}])
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
     return [{f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | {"num_warps": row[3]} for row in rows]
@@ -72,6 +98,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
             constants.setdefault(n, 1)
         if n in constants:
             kinds[n] = "constexpr"
+    if "layout" in tile:
+        multiples += "P", *(n for n in names if n.endswith(("_b", "_c", "_z")))  # not a pixel's: 40 or 100 values
     divisible = [i for i, n in enumerate(names) if n not in constants and (n.endswith("_ptr") or n in multiples)]
     source = ASTSource(
         fn=kernel,
@@ -94,7 +122,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         "kernel": name,
         "storage": storage,
         "arch": arch,
-        "images": images,
+        "images": [] if "layout" in tile else images,
+        "layout": tile.get("layout"),
         "loads": _widths(ptx, "ld"),
         "stores": _widths(ptx, "st"),
         "local": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", said))) + ptx.count(".local"),

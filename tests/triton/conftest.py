@@ -24,6 +24,8 @@ OPS = {
     "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_")],
     "pointwise_conv": ["pointwise_conv_fwd", "pointwise_conv_bwd"],
     "se_residual": ["se_residual_fwd", "se_residual_bwd"],
+    "residual_normal": ["residual_normal_fwd", "residual_normal_bwd"],
+    "logistic_mixture_log_prob": ["logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd"],
 }
 
 
@@ -33,7 +35,7 @@ def triton_on_cpu(monkeypatch) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: pip install 'triton>=3.6'")
     for op, names in OPS.items():
-        launchers = importlib.import_module(f"nvae_fast.kernels.{op}.triton")
+        launchers = importlib.import_module(f"nvae_fast.kernels.{op.removesuffix('_log_prob')}.triton")
         monkeypatch.setitem(_impl._ops, op, {"triton": lambda tensors: None})
         for name in names:
             monkeypatch.setattr(torch.ops.nvae_fast, name, getattr(launchers, name))

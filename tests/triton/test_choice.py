@@ -13,8 +13,8 @@ from nvae_fast import functional as F
 from nvae_fast.kernels import _impl, _triton
 
 
-def on_cuda(dtype: torch.dtype) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+def on_cuda(dtype: torch.dtype, requires_grad: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, requires_grad=requires_grad)
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def modern_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", _triton.DTYPES)
-@pytest.mark.parametrize("op", ["bn_act", "pointwise_conv", "se_residual"])
+@pytest.mark.parametrize("op", ["bn_act", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"])
 def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype):
     x = on_cuda(dtype)
     assert _impl.resolve_impl(op, "auto", x, x) == "triton" == _impl.resolve_impl(op, "triton", x)
@@ -43,10 +43,17 @@ def test_other_types_and_machines_are_refused_with_the_reason(modern_gpu, monkey
         _impl.resolve_impl("bn_act", "triton", on_cuda(torch.float32))
 
 
+def test_noise_and_images_that_need_a_gradient_go_to_the_reference(modern_gpu):
+    x, data = on_cuda(torch.float32), on_cuda(torch.float32, requires_grad=True)
+    assert _impl.resolve_impl("residual_normal", "auto", x, x, data) == "reference"
+    assert _impl.resolve_impl("logistic_mixture_log_prob", "auto", data, x) == "reference"
+    assert _impl.resolve_impl("residual_normal", "auto", data, data, x) == "triton"
+
+
 def test_every_schema_has_a_launcher_for_cuda():
     for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::bn_act_{name}", "CUDA")
-    for op in ("pointwise_conv", "se_residual"):
+    for op in ("pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"):
         for name in ("fwd", "bwd"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::{op}_{name}", "CUDA")
     assert F.bn_act.__module__ == "nvae_fast.kernels.bn_act.api"

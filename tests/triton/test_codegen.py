@@ -32,7 +32,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_both_architectures(rows):
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 19
+    assert len(kernels) == 23
     assert {(row["kernel"], row["arch"]) for row in rows} == {(name, arch) for name in kernels for arch in (80, 90)}
 
 
@@ -54,6 +54,16 @@ def test_products_of_tiles_take_their_left_operand_from_registers(rows):
     assert {row["kernel"] for row in products} == set(PRODUCTS)
     for row in products:
         assert row["wgmma"] == row["wgmma_registers"] > 0, row
+
+
+def test_planes_are_read_and_written_four_values_at_a_time(rows):
+    """Of the kernels that take any strides; channels-last, 20 or 10 channels are read value by value."""
+    planes = [row for row in rows if row["layout"] == "planar" and not {"absent", "ones", "wide"} & set(row)]
+    assert len(planes) == 16
+    for row in planes:
+        width, stored = ("128", "64")[row["storage"] == "fp16"], 1 if row["kernel"] == "residual_normal_fwd_kernel" else 4
+        assert row["loads"][width] >= 4, row
+        assert row["kernel"] == "logistic_mixture_fwd_kernel" or row["stores"][width] >= stored, row
 
 
 def test_nothing_spills_into_local_memory(rows):
