@@ -94,10 +94,10 @@ def element(d, raw, i, y, half_bin, log_bin, top):
 
 
 @triton.jit
-def softmax_parts(v, real):
-    """(max, exp(v - max), their sum) over the mixtures; v is -inf where none is `real`."""
+def softmax_parts(v):
+    """(max, exp(v - max), their sum) over the mixtures; v is -inf where there is none."""
     top = tl.max(v, 1)[:, None]
-    e = tl.where(real, exp_or_zero(tl.where(top < -3e38, 0.0, v - top)), 0.0)
+    e = exp_or_zero(v - top)
     return top, e, tl.sum(e, 1)[:, None]
 
 
@@ -127,7 +127,7 @@ def components(pixels_ptr, x_c, x_p, params_ptr, params_c, params_p, p, k, P, ha
     real, at = (k < M)[None, :], p[:, None] * params_p + k[None, :] * params_c
     inside = (p < P)[:, None] & real
     logits = tl.load(params_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    highest, share, total = softmax_parts(tl.where(real, logits, float("-inf")), real)
+    highest, share, total = softmax_parts(tl.where(real, logits, float("-inf")))
     term = (logits - highest) - log_or_nan(total)
     factor = tl.zeros_like(term) + 1.0
     image, by_d, by_l, by_raw = (), (), (), ()
@@ -182,7 +182,7 @@ def logistic_mixture_fwd_kernel(
         C,
         M,
     )
-    top, _e, total = softmax_parts(term, (k < M)[None, :])
+    top, _e, total = softmax_parts(term)
     tl.store(out_ptr + b * P + p, tl.sum(top + log_or_nan(total), 1), mask=p < P)
 
 
@@ -209,7 +209,7 @@ def logistic_mixture_bwd_kernel(
         M,
     )
     grad = tl.load(grad_ptr + b * P + p, mask=p < P, other=0.0)[:, None]
-    _top, e, total = softmax_parts(term, (k < M)[None, :])
+    _top, e, total = softmax_parts(term)
     share = grad * (e / total)
     inside = (p < P)[:, None] & (k < M)[None, :]
     out = dparams_ptr + b * out_b + p[:, None] * out_p + k[None, :] * out_c

@@ -99,7 +99,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         if n in constants:
             kinds[n] = "constexpr"
     if "layout" in tile:
-        multiples += "P", *(n for n in names if n.endswith(("_b", "_c", "_z")))  # not a pixel's: 40 or 100 values
+        multiples += "P", "CHUNK", *(n for n in names if n.endswith(("_b", "_c", "_z")))  # not a pixel's: 40 or 100 values
     divisible = [i for i, n in enumerate(names) if n not in constants and (n.endswith("_ptr") or n in multiples)]
     source = ASTSource(
         fn=kernel,

@@ -140,6 +140,14 @@ def test_the_clamp_has_a_gradient_at_equality_and_none_below():
         assert run(x, params)[1][:, 4:6].ne(0).any() == live
 
 
+def test_log_probabilities_near_0_keep_their_digits():
+    """sigmoid(14.8) rounds to 1."""
+    for x, mean in ((1.0, 3.0), (0.0, -3.0)):
+        x, params = torch.full((1, 1, 1, 1), x), torch.tensor([0.0, mean, -2.0]).view(1, 3, 1, 1)
+        exact = run(x.double(), params.double(), "reference", mixtures=1)[0]
+        torch.testing.assert_close(run(x, params, mixtures=1)[0].double(), exact, rtol=1e-5, atol=0)
+
+
 def test_level_254_is_the_top_for_nvlabs_alone():
     x, params = torch.full((1, 1, 1, 1), 254 / 255), torch.tensor([0.0, 0.9, -2.0]).view(1, 3, 1, 1)
     for compat in ("nvlabs", "fixed"):
