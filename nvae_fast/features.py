@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from nvae_fast.metrics import KEEP, Moments, frechet_distance, kernel_distance
 from nvae_fast.model import NVAE
 from nvae_fast.sampling import Temperature, sample_batches
 
+BATCH, FORMAT = 64, "nvae_fast reference 1"  # images at a time; of the file of a reference
 FID_WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of pt_inception-2015-12-05-6726825d.pth (pytorch-fid; torch-fidelity ships the same file under weights-...)."""
 
@@ -145,25 +145,37 @@ def collect(batches: Iterable[Tensor], features: Features, device: torch.device,
     return Collected(*joined.result(), torch.cat(kept))
 
 
-def reference(source: ImageSource, features: Features, folder: str | Path, device: torch.device, *, batch_size: int = 64,
-              limit: int | None = None) -> Collected:  # fmt: skip
-    """The features of the images of `source`, as they are: not binarised, flipped or padded; in order, the first `limit`.
+def reference(source: ImageSource, features: Features, folder: str | Path, device: torch.device, *,
+              limit: int = KEEP) -> Collected:  # fmt: skip
+    """The features of the images of `source`, as they are: not binarised, flipped or padded. Of more than `limit` images a
+    part of that size, always the same one, drawn as an epoch of training draws its batches.
 
-    Kept in `folder` as reference-<features>-<hash>.safetensors, the hash being that of the images' number, shape, first and
-    last batch and of the features' name; a file that is there is used. A folder that cannot be written to only costs the time.
+    Kept in `folder` as reference-<features>-<hash>.safetensors, the hash being that of the images' number, first and last
+    batch and of the features' name; a file that is there is used. A folder that cannot be written to only costs the time.
     """
-    count = len(source) if limit is None else min(limit, len(source))
-    ends = [np.arange(min(64, count)), np.arange(max(count - 64, 0), count)]
-    digest = hashlib.sha256(json.dumps([features.name, count, source.height, source.width, source.channels]).encode())
-    for index in ends:
-        digest.update(np.ascontiguousarray(source.batch(index, np.full((len(index), 2), 0.5, np.float32)).images))
+    part, size = len(source) > limit, min(BATCH, limit)
+    loader = make_loader(source, size, train=part, seed=0)
+    count = min(limit, len(loader) * size) if part else len(source)
+
+    def batches(first: int = 0) -> Iterator[Tensor]:
+        loader.set_epoch(0, start_batch=first)
+        left = count - first * size
+        for x in loader:
+            if left <= 0:
+                return
+            yield x[:left]
+            left -= len(x)
+
+    digest = hashlib.sha256(f"{features.name} {len(source)} {count}".encode())
+    for first in (0, (count - 1) // size):
+        x = next(batches(first), torch.zeros(0))
+        digest.update(f"{tuple(x.shape)}".encode() + x.numpy().tobytes())
     file = Path(folder) / f"reference-{features.name}-{digest.hexdigest()[:16]}.safetensors"
-    about = {"format": "nvae_fast reference 1", "images": source.name, "count": str(count), "features": features.name}
-    if (kept := _read(file, about, features.dim)) is not None:
+    if (kept := _read(file, features.dim)) is not None:
         return kept
-    loader = make_loader(source, batch_size, train=False, seed=0, limit=limit)
-    out = collect(loader, features, device, over_ranks=False)
+    out = collect(batches(), features, device, over_ranks=False)
     tensors = {"mean": torch.from_numpy(out.mean), "cov": torch.from_numpy(out.cov), "features": out.features}
+    about = {"format": FORMAT, "images": source.name, "count": str(out.count)}
     try:
         atomic_write(file, lambda stream: stream.write(save(tensors, about)))
     except InputError:
@@ -171,10 +183,11 @@ def reference(source: ImageSource, features: Features, folder: str | Path, devic
     return out
 
 
-def _read(file: Path, about: Mapping[str, str], dim: int) -> Collected | None:
+def _read(file: Path, dim: int) -> Collected | None:
     try:
         with safe_open(file, framework="pt") as stored:
-            if stored.metadata() != about:
+            about = stored.metadata() or {}
+            if about.get("format") != FORMAT or not about.get("count", "").isdecimal():
                 return None
             mean, cov, features = (stored.get_tensor(name) for name in ("mean", "cov", "features"))
     except (OSError, SafetensorError):  # not there, or damaged: it is made anew

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nvae_fast import InputError, features
 from nvae_fast.data.base import MemorySource
@@ -96,7 +97,9 @@ class Runs:
 def test_weights_never_run_code(weights, tmp_path):
     path, _ = weights
     torch.save({"Conv2d_1a_3x3.conv.weight": Runs(tmp_path / "ran")}, tmp_path / "hostile.pth")
-    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "script.pt"))
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # as TorchScript programs are stored
+        archive.writestr("script/data.pkl", b"")
+        archive.writestr("script/code/__torch__.py", "class Inception(Module): ...")
     partial = {k: v for k, v in torch.load(path).items() if "Mixed_7c" not in k}
     torch.save(partial, tmp_path / "partial.pth")
     for name, words in (
@@ -123,7 +126,7 @@ def source(waves):
 
 def test_a_reference_is_kept_and_fits_its_images(source, tmp_path, waves):
     f = pixels(1, CPU)
-    one = reference(source, f, tmp_path, CPU, batch_size=7)
+    one = reference(source, f, tmp_path, CPU)
     (file,) = tmp_path.iterdir()
     x = torch.from_numpy(waves).float()[:, None] / 255
     expected = f.compute(x).double().numpy()
@@ -136,11 +139,17 @@ def test_a_reference_is_kept_and_fits_its_images(source, tmp_path, waves):
     assert not asked and np.array_equal(one.cov, two.cov) and torch.equal(one.features, two.features)
     file.write_bytes(file.read_bytes()[:-5])
     assert np.allclose(reference(source, watched, tmp_path, CPU).cov, one.cov) and asked
+    save_file(load_file(file), file, {"format": "another", "count": "60"})
+    asked.clear()
+    assert np.allclose(reference(source, watched, tmp_path, CPU).cov, one.cov) and asked
     changed = waves.copy()
     changed[-1, 0, 0] ^= 255
     reference(MemorySource("waves", changed[..., None]), f, tmp_path, CPU)
-    reference(source, f, tmp_path, CPU, limit=20)
-    assert len(list(tmp_path.iterdir())) == 3
+    few = reference(source, f, tmp_path, CPU, limit=20)
+    assert len(list(tmp_path.iterdir())) == 3 and few.count == len(few.features) == 20
+    rows = {tuple(r) for r in one.features.tolist()}
+    assert all(tuple(r) in rows for r in few.features.tolist())
+    assert few.features.tolist() != one.features[:20].tolist()  # sorted folders hold one kind of image after the other
 
 
 def test_features_see_images_of_eight_bits(source):
