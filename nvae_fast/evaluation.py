@@ -173,6 +173,7 @@ def _draws(model: NVAE, features: Sequence[Tensor], target: Tensor, count: int, 
             if g == 1:
                 raise
             generator.set_state(state)
+            noise = wide = out = repeated = None  # what is left of the attempt would be in the way of the next one
             together = g // 2
             continue
         done += g

@@ -133,10 +133,7 @@ class NVAE(nn.Module):
 
     def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None,
                          latents: list[Tensor] | None = None) -> NVAEOutput:  # fmt: skip
-        """The top-down pass with every latent drawn from its posterior, given the features of `bottom_up`.
-
-        The latents [B, Z, h, w] are appended to `latents`, top-down, where that is given; `decode` takes them back.
-        """
+        """The top-down pass, every latent drawn from its posterior (and added to `latents`), from `bottom_up`'s features."""
         noise = self._check_noise(noise, features[0].shape[0])
         combiners = [m for m in reversed(self.enc_tower) if isinstance(m, EncoderCombiner)]
         kl, log_q, log_p = [], [], []
@@ -277,16 +274,14 @@ class NVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None, **options: Any) -> NVAE:
-        """The model in a folder (that `save_pretrained` wrote, or a run's), or of that name ("owner/model") on the Hugging Face
-        Hub, in eval mode. `options`: cache_dir, token, local_files_only, as `nvae_fast.hub.fetch` takes them."""
+        """The model in a folder, or of that name on the Hugging Face Hub (`nvae_fast.hub.fetch`), in eval mode."""
         from nvae_fast.checkpoint.native import load_model
         from nvae_fast.hub import fetch
 
         return load_model(fetch(name_or_folder, revision=revision, **options))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model with a model card to the Hugging Face Hub and return the page's address; `options` are those of
-        `nvae_fast.hub.push`: run, license, revision, private, message, token."""
+        """Upload the model and its card to the Hugging Face Hub (`nvae_fast.hub.push`); returns the page's address."""
         from nvae_fast.hub import push
 
         return push(self, repo_id, **options)

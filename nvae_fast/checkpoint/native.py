@@ -19,7 +19,7 @@ from nvae_fast.errors import InputError
 from nvae_fast.model import NVAE
 
 CONFIG, MODEL, TRAINING, META = "config.json", "model.safetensors", "training.safetensors", "training.json"
-EMA = "ema/"  # in front of the names of averaged weights in training.safetensors
+EMA = "optimizer/ema/"  # in front of the names of averaged weights in training.safetensors
 
 
 def save_model(model: NVAE, directory: str | Path) -> None:
@@ -40,7 +40,7 @@ def load_model(directory: str | Path, *, averaged: bool = False) -> NVAE:
 
 
 def averaged_weights(directory: str | Path, model: NVAE) -> dict[str, Tensor]:
-    """The exponential moving average in a checkpoint folder by name in the model's state: tensors `ema/<name>` of
+    """The exponential moving average of parameters in a checkpoint folder, by name: tensors `optimizer/ema/<name>` of
     training.safetensors. Empty without them; InputError when some do not fit the model."""
     path = Path(directory) / TRAINING
     if not path.is_file():
@@ -51,8 +51,7 @@ def averaged_weights(directory: str | Path, model: NVAE) -> dict[str, Tensor]:
             found = {name.removeprefix(EMA): file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{path}' is damaged ({error}): use another checkpoint") from None
-    if found:
-        check_keys(dict(model.named_parameters()) | {k: t for k, t in model.named_buffers() if k in found}, found)
+    check_keys({name: p for name, p in model.named_parameters() if name in found}, found)  # some may have had no gradient
     return found
 
 

@@ -107,26 +107,30 @@ def run(args: argparse.Namespace) -> None:
 def _sample(model: NVAE, folder: Path, args: argparse.Namespace) -> None:
     import numpy as np
 
+    from nvae_fast.evaluation import ranks
     from nvae_fast.sampling import sample_batches
 
     readjust(model, args, args.temperature)
+    rank, world = ranks()
     batches = sample_batches(model, args.num_samples, temperature=args.temperature, batch_size=args.batch_size or 100,
-                             seed=args.seed)  # fmt: skip
+                             seed=args.seed, part=(rank, world))  # fmt: skip
     for i, images in enumerate(batches):
-        array = images.cpu().numpy()
-        atomic_write(folder / f"gpu_0_samples_{i}.npz", lambda file, x=array: np.savez_compressed(file, samples=x))
-    print(f"{args.num_samples} samples in {folder}/gpu_0_samples_*.npz")
+        file, array = folder / f"gpu_{rank}_samples_{i}.npz", images.cpu().numpy()
+        atomic_write(file, lambda out, x=array: np.savez_compressed(out, samples=x))
+    _say(f"{args.num_samples} samples in {folder}/gpu_*_samples_*.npz")
 
 
 def _likelihood(model: NVAE, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    from nvae_fast.evaluation import evaluate
+    from nvae_fast.evaluation import evaluate, ranks
     from nvae_fast.training.data import loader, open_split
 
     config = with_data(model.config, args)
     split = "train" if args.eval_on_train else "valid"
     source = open_split(config, split, image_size=config.data_size)
-    batches = loader(config, source, train=False, batch_size=args.batch_size or None, workers=args.workers, limit=args.limit)
-    bar = _bar(args, min(args.limit or len(source), len(source)), "images")
+    rank, world = ranks()
+    batches = loader(config, source, train=False, batch_size=args.batch_size or None, workers=args.workers, limit=args.limit,
+                     rank=rank, world=world)  # fmt: skip
+    bar = _bar(args, min(args.limit or len(source), len(source)) // world, "images")
 
     def show(result: Likelihood) -> None:
         bar.set_postfix_str(f"-ELBO {_figure(result.nelbo, result.nelbo_se)}, -log p "
@@ -135,7 +139,7 @@ def _likelihood(model: NVAE, folder: Path, args: argparse.Namespace) -> dict[str
 
     with bar:
         result = evaluate(model, batches, num_iw_samples=args.num_iw_samples, seed=args.seed, rows=args.rows, progress=show)
-    print(
+    _say(
         f"{result.images} images ({split}): -ELBO {_figure(result.nelbo, result.nelbo_se)} nats "
         f"({result.nelbo_bpd:.4f} bits/dim), -log p(x) <= {_figure(result.neg_log_p, result.neg_log_p_se)} nats "
         f"({result.neg_log_p_bpd:.4f} bits/dim) with {result.num_iw_samples} samples; written to {folder / FILE}"
@@ -144,6 +148,7 @@ def _likelihood(model: NVAE, folder: Path, args: argparse.Namespace) -> dict[str
 
 
 def _distances(model: NVAE, folder: Path, args: argparse.Namespace, kinds: list[str]) -> dict[str, Any]:
+    from nvae_fast.evaluation import ranks
     from nvae_fast.features import make_features, reference, score
     from nvae_fast.training.data import check_data, open_split
 
@@ -154,7 +159,7 @@ def _distances(model: NVAE, folder: Path, args: argparse.Namespace, kinds: list[
     check_data(config, source)
     against = reference(source, features, folder, device)
     readjust(model, args, args.temperature)
-    bar = _bar(args, args.num_samples, "samples")
+    bar = _bar(args, args.num_samples // ranks()[1], "samples")
     with bar:
         found = score(model, against, features, kinds, num_samples=args.num_samples, seed=args.seed, mean=args.mean_pixels,
                       temperature=args.temperature, batch_size=args.batch_size or 100, progress=bar.update)  # fmt: skip
@@ -162,7 +167,7 @@ def _distances(model: NVAE, folder: Path, args: argparse.Namespace, kinds: list[
            "data": config.training.data, "split": args.reference, "seed": args.seed}  # fmt: skip
     for label, distance in found.items():
         error = "" if distance.standard_error is None else f" +- {distance.standard_error:.2g}"
-        print(
+        _say(
             f"{label} {distance.value:.4g}{error}: {distance.samples} samples at temperature {args.temperature} against "
             f"{distance.reference_images} images ({args.reference}); written to {folder / FILE}"
         )
@@ -173,17 +178,31 @@ def _figure(value: float, error: float) -> str:
     return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} +- {error:.2f}"
 
 
+def _main() -> bool:
+    """Whether this is the process that speaks and writes the scores; there may be several (`evaluation.ranks`)."""
+    from nvae_fast.evaluation import ranks
+
+    return ranks()[0] == 0
+
+
+def _say(text: str) -> None:
+    if _main():
+        print(text)
+
+
 def _bar(args: argparse.Namespace, total: int, unit: str):
     from tqdm import tqdm
 
     shown = sys.stderr.isatty() if args.bar is None else args.bar
-    return tqdm(total=total, unit=f" {unit}", disable=not shown, dynamic_ncols=True)
+    return tqdm(total=total, unit=f" {unit}", disable=not (shown and _main()), dynamic_ncols=True)
 
 
 def _write(folder: Path, weights: str, new: dict[str, Any]) -> None:
     """Join what is new with what evaluation.json says of the same weights."""
     from nvae_fast.checkpoint.native import json_bytes
 
+    if not _main():
+        return
     new = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in new.items()}
     try:
         old = json.loads((folder / FILE).read_bytes())

@@ -88,13 +88,15 @@ def readjust(model: NVAE, args: argparse.Namespace, temperature: float | list[fl
     """BN re-adjustment when asked for; says what was done on stderr."""
     if args.readjust_bn:
         from nvae_fast.checkpoint.native import resolve_checkpoint
+        from nvae_fast.evaluation import ranks
         from nvae_fast.readjust import readjust_bn_cached
 
         require_at_least_1(args, "readjust_passes")
         path = Path(args.model)
         checkpoint = path if path.is_file() else resolve_checkpoint(path)
         done = readjust_bn_cached(model, checkpoint, temperature=temperature, iterations=args.readjust_passes)
-        print(f"nvae-fast: {done}", file=sys.stderr)
+        if ranks()[0] == 0:
+            print(f"nvae-fast: {done}", file=sys.stderr)
 
 
 def write_pictures(args: argparse.Namespace, grid: Tensor, columns: int, images: Tensor | None = None) -> None:

@@ -149,6 +149,26 @@ def test_the_commands(cli, saved, tmp_path):
     assert len(np.load(tmp_path / "i.npz")["images"]) == 2
 
 
+def test_decode_draws_pixels_as_the_file_says(cli, make, saved, tmp_path):
+    training = TrainConfig(data=str(saved.parent / "waves.npy"), dataset="npy")
+    make(training=training, num_mixture_dec=2).save_pretrained(saved)
+    images = {}
+    for name, argv in (
+        ("latents", ("encode", saved, "-n", 6, "--seed", 7)),
+        ("asked", ("reconstruct", saved, "--seed", 7)),
+        ("decoded", ("decode", saved, tmp_path / "latents")),
+        ("other", ("decode", saved, tmp_path / "latents", "--seed", 8)),
+        ("mean", ("decode", saved, tmp_path / "latents", "--seed", 8, "--mean-pixels")),
+        ("same", ("decode", saved, tmp_path / "latents", "--mean-pixels")),
+    ):
+        npz = tmp_path / f"{name}.npz"
+        out = ("--out", tmp_path / name) if name == "latents" else ("--out", tmp_path / "x.png", "--npz", npz)
+        assert cli(*argv, *out).code == 0
+        images[name] = np.load(npz)["images"] if name != "latents" else None
+    assert np.array_equal(images["decoded"], images["asked"]) and not np.array_equal(images["decoded"], images["other"])
+    assert np.array_equal(images["mean"], images["same"]) and not np.array_equal(images["mean"], images["other"])
+
+
 def test_bad_input_is_one_line(cli, refused, saved, tmp_path):
     out = ("--out", tmp_path / "x.png")
     latents = tmp_path / "z.safetensors"
