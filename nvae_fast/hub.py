@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -123,15 +124,21 @@ def _score_rows(scores: Mapping[str, Any]) -> list[str]:
     rows = []
     images = f"{scores.get('images')} images of {scores.get('data')} ({scores.get('split')})"
     for key, what in (("nelbo", "-ELBO"), ("neg_log_p", f"-log p(x), {scores.get('num_iw_samples')} importance samples")):
-        if isinstance(scores.get(key), (int, float)):
-            error = scores.get(f"{key}_se")
-            error = f" +- {error:.2f}" if isinstance(error, (int, float)) else ""
-            rows.append(f"| {what} | {scores[key]:.2f}{error} nats, {scores[key + '_bpd']:.4f} bits/dim | {images} |")
+        value, per_dim, error = (scores.get(key + end) for end in ("", "_bpd", "_se"))
+        if _number(value) and _number(per_dim):
+            error = f" +- {error:.2f}" if _number(error) else ""
+            rows.append(f"| {what} | {value:.2f}{error} nats, {per_dim:.4f} bits/dim | {images} |")
     distances = scores.get("distances")
     for label, d in distances.items() if isinstance(distances, dict) else ():
-        how = f"{d['samples']} samples at temperature {d['temperature']}, {d['reference_images']} images ({d['split']})"
-        rows.append(f"| {label} | {d['value']:.4g} | {how}{', BN re-adjusted' if d.get('readjusted_bn') else ''} |")
+        if isinstance(d, dict) and _number(d.get("value")):
+            adjusted = ", BN re-adjusted" if d.get("readjusted_bn") else ""
+            how = f"{d.get('samples')} samples at temperature {d.get('temperature')}{adjusted}"
+            rows.append(f"| {label} | {d['value']:.4g} | {how}, {d.get('reference_images')} images ({d.get('split')}) |")
     return rows
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _module() -> Any:

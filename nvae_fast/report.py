@@ -111,7 +111,7 @@ def _summary(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> s
 def _figures(valid: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> str:
     """The few numbers to look at first."""
     shown = []
-    if _number(scores.get("neg_log_p")):
+    if _number(scores.get("neg_log_p")) and _number(scores.get("neg_log_p_bpd")):
         k = scores.get("num_iw_samples")
         shown.append((f"-log p(x), {k} samples", _with_error(scores, "neg_log_p"), "nats"))
         shown.append(("the same per dimension", f"{scores['neg_log_p_bpd']:.4f}", "bits/dim"))
@@ -173,11 +173,10 @@ def _pictures(run: Path) -> str:
 
 def _scores(scores: Mapping[str, Any]) -> str:
     rows = []
-    if _number(scores.get("nelbo")):
-        where = f"{scores.get('images')} images of {scores.get('data')} ({scores.get('split')})"
-        rows.append(("-ELBO", f"{_with_error(scores, 'nelbo')} nats, {scores['nelbo_bpd']:.4f} bits/dim", where))
-        rows.append((f"-log p(x), {scores.get('num_iw_samples')} samples",
-                     f"{_with_error(scores, 'neg_log_p')} nats, {scores['neg_log_p_bpd']:.4f} bits/dim", where))  # fmt: skip
+    where = f"{scores.get('images')} images of {scores.get('data')} ({scores.get('split')})"
+    for key, what in (("nelbo", "-ELBO"), ("neg_log_p", f"-log p(x), {scores.get('num_iw_samples')} samples")):
+        if _number(scores.get(key)) and _number(scores.get(f"{key}_bpd")):
+            rows.append((what, f"{_with_error(scores, key)} nats, {scores[f'{key}_bpd']:.4f} bits/dim", where))
     for label, d in _distances(scores).items():
         error = f" +- {number(d['standard_error'])}" if _number(d.get("standard_error")) else ""
         how = f"{d.get('samples')} samples at temperature {d.get('temperature')} against {d.get('reference_images')} images"

@@ -106,10 +106,12 @@ def test_the_card(make, run, tmp_path):
     assert front["license"] == 'mit"\nx: 1' and front["library_name"] == "nvae_fast" and "x" not in front
     assert "| -ELBO | 253.06 +- 2.40 nats, 0.4657 bits/dim | 1000 images of demo (valid) |" in body
     assert "| -log p(x), 10 importance samples | 249.46 nats, 0.4590 bits/dim |" in body
-    assert "| FD-randconv | 1.1 | 2000 samples at temperature 0.7, 9000 images (train), BN re-adjusted |" in body
+    assert "| FD-randconv | 1.1 | 2000 samples at temperature 0.7, BN re-adjusted, 9000 images (train) |" in body
     assert "![samples](samples.png)" in body and "FID" not in body
     config = json.loads(body.split("```json\n")[1].split("```")[0])
     assert config == json.loads((folder / "config.json").read_text())
+    (run / "evaluation.json").write_text('{"nelbo": 3, "neg_log_p": "x", "distances": {"a": 1, "b": {"value": null}}}')
+    assert "Evaluation" not in (export(make(), tmp_path / "odd", run=run) / "README.md").read_text()
     bare = (export(make(), tmp_path / "bare") / "README.md").read_text()
     assert "Evaluation" not in bare and "![samples]" not in bare and 'license: "unknown"' in bare
 

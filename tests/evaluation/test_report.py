@@ -115,6 +115,7 @@ def test_hostile_names_stay_text(run, cli):
     config["name"] = config["training"]["data"] = '</td><script>alert(1)</script><img src="http://x/y">'
     (run / "config.json").write_text(json.dumps(config))
     scores = json.loads((run / "evaluation.json").read_text())
+    del scores["nelbo_bpd"], scores["num_iw_samples"]
     scores["distances"] = {"<script>": {"value": 1.0, "temperature": "<b>"}, "bad": {"value": "x"}, "worse": 3}
     (run / "evaluation.json").write_text(json.dumps(scores))
     (run / "samples/epoch-0009-samples.png").write_bytes(b"GIF89a")
@@ -158,6 +159,12 @@ def test_long_runs_stay_small():
     long = [(x, float(x % 2)) for x in range(100_000)]
     text = line_chart([Series("a", long)], "step", "nats")
     assert len(text) < 10_000 and len(points(svgs(text)[0], "series-1")[0]) == 300
+
+
+def test_names_are_text():
+    (svg,) = svgs(line_chart([Series("a<b", [(0, 1.0), (1, 2.0)], dots=True), Series("&", [(0, 1.0)])], 'x"<', "<y>"))
+    assert {"a<b", "&", 'x"<'} <= {t.text for t in svg.findall(".//{*}text")}
+    assert "a<b: 2 at" in svg.findall(".//{*}title")[1].text and svg.get("aria-label").startswith("<y> by")
 
 
 def test_bars_start_at_zero():
