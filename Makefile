@@ -17,12 +17,13 @@ DEV    := $(VENV)/.dev
 # Requirements as pyproject.toml lists them.
 LIST    = $(BIN)/python -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))'
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test gpu lint clean
 
 help:
 	@echo "make install   $(VENV) with torch, the package (editable) and its native extension"
 	@echo "make demo      install, then train, evaluate and sample the demo preset on the bundled images into $(RUN)"
 	@echo "make test      install, then everything that CI runs: ruff and all tests"
+	@echo "make gpu COMMIT=id   on a machine with an NVIDIA GPU and nvcc: build, check and measure; no network, no git"
 	@echo "make lint      ruff only"
 	@echo "make clean     remove build products; $(VENV) and runs/ stay"
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) RUN=$(RUN) NVAE_FAST_BUILD=auto|cpu|cuda|none"
@@ -36,6 +37,9 @@ demo: install
 	$(BIN)/nvae-fast sample $(RUN) --out $(RUN)/samples.png
 	$(BIN)/nvae-fast reconstruct $(RUN) --out $(RUN)/reconstructions.png
 	$(BIN)/nvae-fast bench --suite step --preset demo --rounds 7 --no-compile
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --commit $(COMMIT) --out $(or $(OUT),benchmarks/results/gpu)
 
 test: lint
 	@set -e; export OMP_NUM_THREADS=1; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done

@@ -12,7 +12,7 @@ from nvae_fast.benchmarks.ops import OPS, Inputs, Recipe
 from nvae_fast.errors import InputError, unknown
 
 RECIPES: dict[str, Recipe] = OPS | CELLS
-SUITES = ("ops", "cell", "step")  # the cases of step are presets: steps.py
+SUITES = ("ops", "cell", "step", "check")  # the cases of step are presets (steps.py), those of check are in verify.py
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,35 @@ CASES = [
 ]
 
 
-def select(suite: str, substring: str | None = None) -> list[Case]:
-    """The cases of a suite whose names contain `substring`. Raises InputError for an unknown suite, or when none is left."""
+CIFAR10, FFHQ256 = (32, 256, 16, 16), (4, 60, 128, 128)
+"""Images of a decoder cell at the largest latents of two published configurations, at their batches."""
+
+
+def _expanded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[0], 6 * shape[1], *shape[2:]
+
+
+GPU_CASES = [
+    *(Case("ops", op, _expanded(shape), torch.bfloat16) for op in ("bn_act", "depthwise_conv", "bn_swish_depthwise")
+      for shape in (CIFAR10, FFHQ256)),
+    Case("ops", "bn_swish_depthwise", _expanded(CIFAR10)),
+    *(Case("ops", op, shape, torch.bfloat16) for op in ("pointwise_conv", "se_residual") for shape in (CIFAR10, FFHQ256)),
+    *(Case("ops", op, shape) for op in ("residual_normal", "flow_cell") for shape in ((32, 20, 16, 16), (4, 20, 128, 128))),
+    Case("ops", "logistic_mixture_log_prob", (32, 100, 32, 32)),
+    Case("ops", "logistic_mixture_log_prob", (4, 100, 256, 256)),
+    Case("ops", "power_iteration", (100,)),
+    Case("ops", "weight_norm", (53,)),
+    *(Case("cell", op, shape, torch.bfloat16) for op in ("inverted_residual", "cell") for shape in (CIFAR10, FFHQ256)),
+]  # fmt: skip
+"""What a GPU is measured on: the shapes above would not fill it."""
+
+
+def select(suite: str, substring: str | None = None, *, gpu: bool = False) -> list[Case]:
+    """The cases of a suite, for a CPU or a GPU, whose names contain `substring`. Raises InputError for an unknown suite, or
+    when none is left."""
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
-    cases = [case for case in CASES if case.suite == suite]
+    cases = [case for case in (GPU_CASES if gpu else CASES) if case.suite == suite]
     chosen = [case for case in cases if (substring or "") in case.name]
     if not chosen:
         raise InputError(f"no case of suite '{suite}' has '{substring}' in its name: {', '.join(c.name for c in cases)}")

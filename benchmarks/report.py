@@ -24,7 +24,7 @@ def document(rows: list[Row], device: torch.device) -> dict[str, Any]:
 
     A row's `impl` is ours:<implementation>, eager, eager_channels_last or compile; max_autotune and nvlabs are names kept for
     runs that have them. `bytes` is what the op has to move, `copy_share` how near that comes to a copy (above 1 where
-    caches hold it). `launches` is None: nothing here counts the kernels of a GPU.
+    caches hold it). `launches` counts the kernels of a GPU.
     """
     return {"schema": SCHEMA, **facts(device), "rows": rows}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nvae_fast.benchmarks.cases import Case
 from nvae_fast.benchmarks.ops import Inputs, Tensors
-from nvae_fast.benchmarks.timing import interleaved
+from nvae_fast.benchmarks.timing import graphed, interleaved, launches
 from nvae_fast.kernels import _impl
 from nvae_fast.memory import PeakMemory
 
@@ -98,11 +98,12 @@ def measure(
     eager = runners["eager"]
     forward, backward = case.recipe.traffic(eager.inputs, eager("fwd")) or (None, None)
     traffic = {"fwd": forward, "fwd_bwd": None if forward is None else forward + backward}
-    times = interleaved(
-        {f"{name} {phase}": lambda run=run, phase=phase: run(phase) for phase in PHASES for name, run in runners.items()},
-        rounds=rounds,
-        budget_s=SECONDS,
-    )
+    calls = {f"{name} {phase}": partial(run, phase) for phase in PHASES for name, run in runners.items()}
+    counts: dict[str, int] = {}
+    if device.type == "cuda":
+        counts = {name: launches(call) for name, call in calls.items()}
+        calls = {name: graphed(call) for name, call in calls.items()}
+    times = interleaved(calls, rounds=rounds, budget_s=SECONDS)
 
     rows = []
     for phase in PHASES:
@@ -124,7 +125,7 @@ def measure(
                     "peak_bytes": peaks[name, phase],
                     "bytes": moved,
                     "copy_share": None if moved is None else moved / seconds / copy_rate,
-                    "launches": None,
+                    "launches": counts.get(f"{name} {phase}"),
                     "check": checks[name, phase],
                 }
             )

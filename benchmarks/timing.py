@@ -20,6 +20,36 @@ class Timing(NamedTuple):
     rounds: int
 
 
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` recorded once and replayed as a CUDA graph, as the trainer runs it: the GPU is timed, not Python's launches.
+    `call` itself where it cannot be recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # tuning, allocation
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # synchronises, or is not captured for another reason
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Kernels, copies and fills that one call has the GPU do."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+
+
 def interleaved(
     rivals: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2, budget_s: float = 60.0
 ) -> dict[str, Timing]:

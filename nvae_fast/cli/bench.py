@@ -9,11 +9,15 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvae_fast.checkpoint.files import atomic_write, writing
 from nvae_fast.cli.flags import OnOff, add_device_flag, device_of
-from nvae_fast.errors import InputError, unknown
+from nvae_fast.errors import InputError, RunError, unknown
 from nvae_fast.presets import PRESETS
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "bench"
 FEWEST_ROUNDS = 3  # for quartiles
@@ -21,7 +25,9 @@ FEWEST_ROUNDS = 3  # for quartiles
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--suite", default="ops", help="ops, cell (a decoder cell and its branch) or step (a training step) [ops]"
+        "--suite",
+        default="ops",
+        help="ops, cell (a decoder cell and its branch), step (a training step) or check (numbers only) [ops]",
     )
     parser.add_argument("--preset", default="demo", help="of the suite step [demo]")
     parser.add_argument("--case", help="only cases whose names contain this, as depthwise or 16x384")
@@ -39,10 +45,10 @@ def run(args: argparse.Namespace) -> None:
     from nvae_fast.benchmarks.plot import require_matplotlib, save_plot
     from nvae_fast.benchmarks.suite import measure
 
-    cases = [] if args.suite == "step" else select(args.suite, args.case)
     if args.preset not in PRESETS:
         raise unknown("preset", args.preset, PRESETS)
     device = device_of(args)
+    cases = [] if args.suite in ("step", "check") else select(args.suite, args.case, gpu=device.type == "cuda")
     if args.rounds < FEWEST_ROUNDS:
         raise InputError(f"--rounds={args.rounds} must be at least {FEWEST_ROUNDS}")
     if args.threads is not None:
@@ -52,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
     for path in filter(None, (args.json, args.plot)):
         check_writable(Path(path))
 
+    if args.suite == "check":
+        check_numbers(args, device)
+        return
     rate = report.copy_rate(device)
     about = report.facts(device)
     print(f"{about['device']} ({about['cpu']}), {about['threads']} threads, torch {about['torch']}, copy {rate / 1e9:.1f} GB/s")
@@ -66,12 +75,35 @@ def run(args: argparse.Namespace) -> None:
         new = measure(case, rounds=args.rounds, device=device, copy_rate=rate, compiled=args.compile)
         print(*report.table(new), sep="\n", flush=True)
         rows += new
-    document = report.document(rows, device)
-    if args.json:
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        atomic_write(args.json, lambda file: file.write(text.encode()))
+    write_json(args.json, report.document(rows, device))
     if args.plot:
-        save_plot(document, args.plot)
+        save_plot(report.document(rows, device), args.plot)
+
+
+def check_numbers(args: argparse.Namespace, device: torch.device) -> None:
+    """The suite `check`: no times; RunError where a number is wrong or a second run has other bits."""
+    from nvae_fast.benchmarks import report, verify
+
+    cases = [case for case in verify.cases(device) if (args.case or "") in case.name]
+    if not cases:
+        raise InputError(f"no case of suite 'check' has '{args.case}' in its name: try the name of an op")
+    rows = [row for case in cases for row in verify.verify(case, device)]
+    write_json(args.json, report.document(rows, device))
+    wrong = [row for row in rows if not (row["check"]["ok"] and row["same_bits"])]
+    print(*map(verify.line, wrong), sep="\n", end="\n" if wrong else "")
+    ops = ", ".join(sorted({f"{row['op']} ({row['impl'].removeprefix('ours:')})" for row in rows}))
+    print(f"{len(rows)} checks of {ops or 'nothing: no implementation but the reference runs here'}")
+    missing = {case.op for case in cases} - {row["op"] for row in rows}
+    if missing and device.type == "cuda":
+        raise RunError(f"no implementation but the reference runs on {device} of: {', '.join(sorted(missing))}")
+    if wrong:
+        raise RunError(f"{len(wrong)} of {len(rows)} checks failed")
+
+
+def write_json(path: str | None, document: dict) -> None:
+    if path:
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def set_threads(threads: int) -> None:

@@ -1,0 +1,144 @@
+"""Everything that a machine with a GPU should say of a commit, in one command: `make gpu COMMIT=<id>`.
+
+Builds the package there, then runs each section in a process of its own with a time limit: a section that fails or hangs costs
+the others nothing, and one that was done for this commit is not run again. Needs Python, torch and nvcc; no network, no git.
+Writes <commit>.json, <commit>.md and the sections' logs as <commit>.logs.tar.gz into the folder --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CLI = [sys.executable, "-m", "nvae_fast.cli"]
+PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
+# name: (seconds it may take, in all under nine minutes; commands, run until one fails; {out} is the sections' folder)
+MEASURE = ["--device", "{device}", "--rounds", "{rounds}"]
+SANITIZE = [*CLI, "bench", "--suite", "check", "--case", "depthwise/3x20x7x5", "--device", "{device}"]
+SECTIONS: dict[str, tuple[int, list[list[str]]]] = {
+    "build": (150, [PIP]),
+    "environment": (30, [["nvidia-smi"], [sys.executable, "-m", "nvae_fast.env"]]),
+    "check": (60, [[*CLI, "bench", "--suite", "check", "--device", "{device}", "--json", "{out}/check.json"]]),
+    "memcheck": (45, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *SANITIZE]]),
+    "racecheck": (45, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "racecheck", *SANITIZE]]),
+    "ops": (100, [[*CLI, "bench", "--suite", "ops", *MEASURE, "--json", "{out}/ops.json"]]),
+    "cell": (70, [[*CLI, "bench", "--suite", "cell", *MEASURE, "--json", "{out}/cell.json"]]),
+    "step": (40, [[*CLI, "bench", "--suite", "step", "--no-compile", *MEASURE, "--json", "{out}/step.json"]]),
+}  # fmt: skip
+
+
+def run_section(name: str, out: Path, **values: object) -> dict[str, object]:
+    """Its commands, their output in <out>/<name>.log; whether they succeeded, why not, and the seconds they took."""
+    limit, commands = SECTIONS[name]
+    environment = os.environ | {
+        "NVAE_FAST_BUILD": "cuda" if values["device"] == "cuda" else "cpu",
+        "PIP_BREAK_SYSTEM_PACKAGES": "1",
+    }
+    start, why = time.monotonic(), None
+    with open(out / f"{name}.log", "wb") as log:
+        for command in commands:
+            words = [word.format(out=out, **values) for word in command]
+            if shutil.which(words[0]) is None:
+                why = f"'{words[0]}' is not installed"
+                break
+            left = limit - (time.monotonic() - start)
+            try:
+                code = subprocess.run(
+                    words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=left
+                ).returncode
+            except subprocess.TimeoutExpired:
+                why = f"still running after {limit} s"
+                break
+            if code:
+                lines = (out / f"{name}.log").read_text(errors="replace").strip().splitlines() or [""]
+                why = f"exit code {code}: {lines[-1]}"
+                break
+    return {"section": name, "ok": why is None, "why": why, "seconds": round(time.monotonic() - start, 1)}
+
+
+def collect(out: Path, states: dict[str, dict], commit: str) -> dict:
+    """One document of all rows: the facts of the first that has any."""
+    document: dict = {"commit": commit, "sections": list(states.values()), "rows": []}
+    for name in states:
+        file = out / f"{name}.json"
+        if file.is_file():
+            part = json.loads(file.read_text())
+            document["rows"] += part.pop("rows")
+            document = part | document
+    document["commit"] = commit
+    return document
+
+
+def table(document: dict) -> str:
+    """Markdown: the sections, the checks that failed, and ours beside every rival."""
+    lines = [f"# {document.get('device', 'no device')}, commit {document['commit']}", ""]
+    lines += [f"torch {document.get('torch')}, triton {document.get('triton')}, {document.get('date')}", ""]
+    lines += ["| section | | seconds |", "|---|---|---|"]
+    lines += [f"| {s['section']} | {'done' if s['ok'] else s['why']} | {s['seconds']} |" for s in document["sections"]]
+    checks = [r for r in document["rows"] if r["suite"] == "check"]
+    wrong = [r for r in checks if not (r["check"]["ok"] and r["same_bits"])]
+    lines += ["", f"{len(checks)} checks against float64, {len(wrong)} failed.", ""]
+    lines += [f"- {r['case']} {r['layout']} {r['impl']} {r['phase']}: {r['check']}" for r in wrong]
+    timed = [r for r in document["rows"] if r["suite"] != "check"]
+    if timed:
+        lines += [
+            "",
+            "| case | phase | implementation | median ms | share of copy rate | MiB | launches | times ours |",
+            "|" + "---|" * 8,
+        ]
+    for row in timed:
+        ours = next(r for r in timed if (r["case"], r["phase"]) == (row["case"], row["phase"]))
+        right = ours["check"]["ok"] and row["check"]["ok"]
+        cells = [
+            row["case"], row["phase"], row["impl"], f"{row['median_ms']:.4g}",
+            "" if row["copy_share"] is None else f"{row['copy_share']:.0%}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
+            "" if row["launches"] is None else str(row["launches"]),
+            f"{row['median_ms'] / ours['median_ms']:.2f}" if right else "numbers not ok",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", required=True, help="what is measured: results carry its name")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, by comma [all]")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses [cuda]")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    names = args.sections.split(",")
+    if unknown := set(names) - set(SECTIONS):
+        parser.error(f"--sections: {', '.join(sorted(unknown))}: expected some of {', '.join(SECTIONS)}")
+    work = (args.out / f"{args.commit}.sections").resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    done = work / "done.json"
+    states = json.loads(done.read_text()) if done.is_file() else {}
+    for name in names:
+        if states.get(name, {}).get("ok"):
+            print(f"{name:12s} done before", flush=True)
+            continue
+        states[name] = run_section(name, work, device=args.device, rounds=args.rounds)
+        done.write_text(json.dumps(states))
+        print(f"{name:12s} {'done' if states[name]['ok'] else states[name]['why']} ({states[name]['seconds']} s)", flush=True)
+    document = collect(work, states, args.commit)
+    (args.out / f"{args.commit}.json").write_text(json.dumps(document, indent=1))
+    (args.out / f"{args.commit}.md").write_text(table(document))
+    with tarfile.open(args.out / f"{args.commit}.logs.tar.gz", "w:gz") as archive:
+        for log in sorted(work.glob("*.log")):
+            archive.add(log, log.name)
+    print(f"{args.out / args.commit}.md")
+    return 0 if all(state["ok"] for state in states.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
