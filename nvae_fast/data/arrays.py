@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from ..errors import InputError
-from .base import ImageSource, Request, find_pair, from_array, one_line, split_indices
+from .base import ImageSource, Request, find_pair, from_array, one_line, read_up_to, split_indices
 from .rng import STACK, permutation
 
 _MOST_PER_BYTE = 1032  # deflate's largest ratio: headers that promise more lie, and would cost memory
@@ -131,7 +131,7 @@ def idx_images(stream: IO[bytes], name: str) -> np.ndarray:
             size = shape[0] * shape[1] * shape[2]
             if size > _MOST_PER_BYTE * stored:
                 raise InputError(f"{name} says that it has {size} bytes of pixels, the file has {stored}: fetch it again")
-            pixels = file.read(size + 1)
+            pixels = read_up_to(file, size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name} cannot be read (damaged gzip?): {one_line(error)}; fetch it again") from None
     if len(pixels) != size or size == 0:

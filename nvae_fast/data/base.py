@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -254,5 +254,15 @@ def parallel(work: Callable[[T], R], items: Sequence[T], chunk: int = 64) -> lis
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of somebody else's, on one line; its class where there is no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an error of somebody else's, on one short line; its class where there is no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def read_up_to(stream: IO[bytes], limit: int) -> bytes:
+    """The next `limit` bytes, or what there is: stream.read(limit) may take memory for all of them first."""
+    pieces: list[bytes] = []
+    while limit > 0 and (piece := stream.read(min(limit, 2**20))):
+        pieces.append(piece)
+        limit -= len(piece)
+    return b"".join(pieces)

@@ -7,12 +7,12 @@ import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ..errors import InputError
-from .base import ImageSource, Request, from_array, one_line
+from .base import ImageSource, Request, from_array, one_line, read_up_to
 from .tar import ERRORS, members
 
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
@@ -169,10 +169,11 @@ def find_cifar(path: Path) -> Path | None:
 
 def _read(path: Path) -> bytes:
     with open(path, "rb") as stream:
-        return _checked(stream.read(_MAX_BATCH + 1), path.name)
+        return _checked(stream, path.name)
 
 
-def _checked(content: bytes, name: str) -> bytes:
+def _checked(stream: IO[bytes], name: str) -> bytes:
+    content = read_up_to(stream, _MAX_BATCH + 1)
     if len(content) > _MAX_BATCH:
         raise InputError(f"{name} has over {_MAX_BATCH >> 20} MiB, CIFAR-10's batches have 30: is it another file?")
     return content
@@ -201,7 +202,7 @@ def _archive(place: Path, split: str) -> dict[str, Callable[[], bytes]]:
                 name = Path(info.name).name
                 if name in wanted:
                     member = archive.extractfile(info)
-                    found[name] = _checked(member.read(_MAX_BATCH + 1) if member else b"", f"{place}/{name}")
+                    found[name] = _checked(member or io.BytesIO(), f"{place}/{name}")
     except InputError:
         raise
     except ERRORS as error:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import InputError
-from .base import one_line
+from .base import one_line, read_up_to
 from .corrupt import CorruptImage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -102,7 +102,7 @@ def read_file(opened: Callable[[], BinaryIO], label: str) -> bytes:
     """The bytes of an image file, at most MAX_FILE of them. Errors: a CorruptImage that names `label`."""
     with _open(opened, label) as stream:
         try:
-            content = stream.read(MAX_FILE + 1)
+            content = read_up_to(stream, MAX_FILE + 1)
         except Exception as error:  # of a damaged archive
             raise _failed(label, error) from None
     if len(content) > MAX_FILE:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from ..errors import InputError
-from .base import ImageSource, LazySource, Request, find_pair, keep_small, one_line, parallel, split_indices
+from .base import ImageSource, LazySource, Request, find_pair, keep_small, one_line, parallel, read_up_to, split_indices
 from .corrupt import Corrupt, CorruptImage
 from .decode import IMAGE_SUFFIXES, decode, head, read_file
 from .tar import TarArchive
@@ -199,7 +199,7 @@ def _partition(files: Folder | Archive | TarArchive, names: Sequence[str]) -> tu
     if listed is None:
         return None
     with files.open(listed) as stream:
-        words = [line.split() for line in stream.read(_MAX_PARTITION).decode("ascii", "replace").splitlines()]
+        words = [line.split() for line in read_up_to(stream, _MAX_PARTITION).decode("ascii", "replace").splitlines()]
     split = {w[0]: w[1] for w in words if len(w) == 2}
     images = [name for name in names if name != listed]
     missing = next((name for name in images if name.split("/")[-1] not in split), None)

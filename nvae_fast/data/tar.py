@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import InputError
-from .base import one_line
+from .base import one_line, read_up_to
 from .corrupt import CorruptImage
 from .decode import IMAGE_SUFFIXES, MAX_FILE
 
@@ -93,4 +93,4 @@ class TarArchive:
         offset, size = self._places[name]
         with open(self.path, "rb") as stream:
             stream.seek(offset)
-            return io.BytesIO(stream.read(min(size, MAX_FILE + 1)))
+            return io.BytesIO(read_up_to(stream, min(size, MAX_FILE + 1)))
