@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ import torch
 from ..errors import InputError
 from . import rng
 from .base import ImageSource, Rows, thread_count
+from .device import Raw, upload
 from .stream import StreamSource
 
+T = TypeVar("T")
 Task = tuple[np.ndarray, Callable[..., Rows]]
 
 
@@ -37,6 +40,8 @@ class Loader:
             batch t of one process with batches of world * batch_size, bit for bit. The last batch of an evaluation is
             shared out as evenly as it can be: a rank may have one batch less than another, or none.
         limit: only the first `limit` images of the source exist.
+        device: where the batches are to be. On a GPU they are channels-last and come one ahead, with the very numbers of a
+            CPU: bytes are sent through pinned memory, everything else is done there. Not yet run on a GPU.
 
     Raises:
         InputError: fewer training images than one batch on every rank; numbers out of range.
@@ -56,6 +61,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         limit: int | None = None,
+        device: torch.device | None = None,
     ):
         for value, name, least in ((batch_size, "--batch-size", 1), (padding, "padding", 0), (workers, "workers", 0)):
             if value < least:
@@ -69,7 +75,7 @@ class Loader:
         self._flip, self._binarize = flip and train, binarize
         self._rank, self._world = rank, world
         self._count = len(source) if limit is None else min(limit, len(source))
-        self._limit = limit
+        self._limit, self._device = limit, device
         self._epoch = self._start = 0
         share = batch_size * world
         if train:
@@ -117,13 +123,18 @@ class Loader:
             yield mine, partial(self.source.batch, mine)
 
     def _run(self, tasks: Iterator[Task], epoch: int) -> Iterator[torch.Tensor]:
-        for x in self._arrays(tasks, epoch):
-            if len(x):  # a batch of an evaluation of which no image can be read
+        if self._device is not None and self._device.type != "cpu":
+            raws = (raw for raw in self._worked(tasks, partial(self._raw, epoch=epoch)) if len(raw.images))
+            yield from upload(raws, self._device, self._padding)
+            return
+        for x in self._worked(tasks, partial(self._batch, epoch=epoch)):
+            if len(x):  # no image of a batch of an evaluation may be readable
                 yield torch.from_numpy(x)
 
-    def _arrays(self, tasks: Iterator[Task], epoch: int) -> Iterator[np.ndarray]:
+    def _worked(self, tasks: Iterator[Task], work: Callable[[Task], T]) -> Iterator[T]:
+        """work(task) for all tasks, in order; on threads where images have to be decoded."""
         if self.source.images is not None:
-            yield from (self._batch(task, epoch) for task in tasks)
+            yield from map(work, tasks)
             return
         # Threads, not processes: Pillow decodes outside Python's lock; a fork after OpenMP's first threads can hang.
         workers = thread_count(self._workers)
@@ -131,7 +142,7 @@ class Loader:
         pending: deque = deque()
         try:
             for task in tasks:
-                pending.append(pool.submit(self._batch, task, epoch))
+                pending.append(pool.submit(work, task))
                 if len(pending) > workers:  # one batch per thread in work, one ready
                     yield pending.popleft().result()
             while pending:
@@ -139,26 +150,31 @@ class Loader:
         finally:  # also when the consumer stops early or a file is bad
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, task: Task, epoch: int) -> np.ndarray:
-        """numpy only: in worker threads torch would start OpenMP threads of its own for each of them."""
-        source, pad = self.source, self._padding
+    def _raw(self, task: Task, epoch: int) -> Raw:
+        """The images of a batch, and what is random about them. Numpy only, as `_batch`."""
         index, read = task
 
-        def uniform(stream: int, count: int) -> np.ndarray:
-            return rng.uniform(rng.keys(self._seed, epoch, stream, index), count)
+        def keys(stream: int) -> np.ndarray:
+            return rng.keys(self._seed, epoch, stream, index)
 
-        crops = uniform(rng.CROP, 2) if source.random_crop and self.train else None
+        crops = rng.uniform(keys(rng.CROP), 2) if self.source.random_crop and self.train else None
         images, kept = read(crops, replace=self.train)
         index = index[kept]
-        if self._flip:
-            chosen = uniform(rng.FLIP, 1)[:, 0] < 0.5
-            images[chosen] = images[chosen, :, ::-1]
-        height, width = source.height, source.width
-        out = np.zeros((len(index), source.channels, height + 2 * pad, width + 2 * pad), np.float32)
+        mirrored = rng.uniform(keys(rng.FLIP), 1)[:, 0] < 0.5 if self._flip else None
+        return Raw(images, mirrored, keys(rng.BINARIZE) if self._binarize else None)
+
+    def _batch(self, task: Task, epoch: int) -> np.ndarray:
+        """x of a batch: device.finish in numpy, for in worker threads torch would start OpenMP threads of its own for each."""
+        images, mirrored, keys = self._raw(task, epoch)
+        if mirrored is not None:
+            images[mirrored] = images[mirrored, :, ::-1]
+        count, height, width, channels = images.shape
+        pad = self._padding
+        out = np.zeros((count, channels, height + 2 * pad, width + 2 * pad), np.float32)
         inner = out[:, :, pad : pad + height, pad : pad + width]
         np.divide(images.transpose(0, 3, 1, 2), 255, out=inner, dtype=np.float32)
-        if self._binarize:
-            u = uniform(rng.BINARIZE, height * width * source.channels).reshape(images.shape)
+        if keys is not None:
+            u = rng.uniform(keys, height * width * channels).reshape(images.shape)
             np.less(u.transpose(0, 3, 1, 2), inner, out=inner)
         return out
 

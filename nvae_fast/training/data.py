@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 from nvae_fast.config import NVAEConfig
 from nvae_fast.data import ImageSource, Loader, make_loader, open_images
 from nvae_fast.errors import InputError
@@ -54,12 +56,13 @@ def check_data(config: NVAEConfig, source: ImageSource) -> None:
 
 
 def loader(config: NVAEConfig, source: ImageSource, *, train: bool, batch_size: int | None = None, workers: int = 0,
-           limit: int | None = None, rank: int = 0, world: int = 1) -> Loader:  # fmt: skip
+           limit: int | None = None, rank: int = 0, world: int = 1, device: torch.device | None = None) -> Loader:  # fmt: skip
     """Batches [B, C, H, W] in [0, 1] of a source, padded, binarised and flipped as the configuration says.
 
-    `batch_size` is that of each process; `rank` and `world` as in `make_loader`.
+    `batch_size` is that of each process; `rank`, `world` and `device` as in `make_loader`.
     """
     check_data(config, source)
     t = config.training
     return make_loader(source, batch_size or t.batch_size, train=train, seed=t.seed, padding=config.padding, flip=t.flip,
-                       binarize=t.binarize, workers=workers, limit=limit, rank=rank, world=world)  # fmt: skip
+                       binarize=t.binarize, workers=workers, limit=limit, rank=rank, world=world,
+                       device=device)  # fmt: skip
