@@ -18,8 +18,8 @@ from nvae_fast.checkpoint.files import atomic_write
 from nvae_fast.cli.flags import (
     OnOff,
     add_device_flag,
+    add_reading_flags,
     add_seed_flag,
-    add_workers_flag,
     load_model,
     require_at_least_1,
     temperatures,
@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name in ("master_address", "local_rank", "world_size"):
         parser.add_argument(f"--{name}", help="accepted: there is one process")
     add_device_flag(parser)
-    add_workers_flag(parser)
+    add_reading_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -126,7 +126,7 @@ def _likelihood(model: NVAE, folder: Path, args: argparse.Namespace) -> dict[str
 
     config = with_data(model.config, args)
     split = "train" if args.eval_on_train else "valid"
-    source = open_split(config, split, image_size=config.data_size)
+    source = open_split(config, split, image_size=config.data_size, max_corrupt=args.max_corrupt)
     rank, world = ranks()
     batches = loader(config, source, train=False, batch_size=args.batch_size or None, workers=args.workers, limit=args.limit,
                      rank=rank, world=world)  # fmt: skip
@@ -155,7 +155,7 @@ def _distances(model: NVAE, folder: Path, args: argparse.Namespace, kinds: list[
     config, device = with_data(model.config, args), model.prior_ftr0.device
     name = args.features or ("inception" if args.inception_weights else "randconv")
     features = make_features(name, config.channels, device, args.inception_weights)
-    source = open_split(config, args.reference, image_size=config.data_size)
+    source = open_split(config, args.reference, image_size=config.data_size, max_corrupt=args.max_corrupt)
     check_data(config, source)
     against = reference(source, features, folder, device)
     readjust(model, args, args.temperature)

@@ -145,8 +145,9 @@ def add_device_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto: cuda where there is one]")
 
 
-def add_workers_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_reading_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--workers", type=int, default=0, help="decoding threads for images on disk [0: choose]")
+    parser.add_argument("--max_corrupt", type=int, default=10, help="unreadable images of a split to name and pass over [10]")
 
 
 def add_data_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -157,10 +158,9 @@ def add_data_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     parser.add_argument("--data", help=f"demo, or a path: {kinds}")
     parser.add_argument("--dataset", help="how to read --data [guessed]")
     parser.add_argument("--image_size", type=image_size, metavar="H[xW]", help="resize and crop images to this [as they are]")
-    parser.add_argument("--max_corrupt", type=int, default=10, help="unreadable images of a split to name and pass over [10]")
     parser.add_argument("--images_per_epoch", type=int, help="of shards [counted, but for URLs without an index]")
     parser.add_argument("--shuffle_window", type=int, default=1000, help="images of shards to shuffle among themselves [1000]")
-    add_workers_flag(parser)
+    add_reading_flags(parser)
 
 
 def data_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvae_fast.cli.flags import OnOff, add_device_flag, add_seed_flag, add_workers_flag, require_at_least_1, with_data
+from nvae_fast.cli.flags import OnOff, add_device_flag, add_reading_flags, add_seed_flag, require_at_least_1, with_data
 from nvae_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_data_flags(parser: argparse.ArgumentParser, images: int) -> None:
     parser.add_argument("-n", "--num_images", type=int, default=images, help=f"images, from the first on [{images}]")
     parser.add_argument("--indices", type=indices, help="these images instead, counted from 0, as 3,0,17")
     parser.add_argument("--mean_latents", action=OnOff, default=False, help="means of the posterior, not draws from it")
-    add_workers_flag(parser)
+    add_reading_flags(parser)
 
 
 def add_output_flags(parser: argparse.ArgumentParser, out: str, columns: int | None = 8) -> None:
@@ -75,7 +75,9 @@ def load_images(model: NVAE, args: argparse.Namespace) -> Tensor:
     from nvae_fast.training.data import loader, open_split
 
     config = with_data(model.config, args)
-    source = open_split(config, "train" if args.on_train else "valid", image_size=config.data_size)
+    source = open_split(
+        config, "train" if args.on_train else "valid", image_size=config.data_size, max_corrupt=args.max_corrupt
+    )
     wanted = args.indices
     limit = args.num_images if wanted is None else max(wanted) + 1
     if wanted is not None and limit > len(source):

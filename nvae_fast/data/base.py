@@ -95,7 +95,7 @@ class ImageSource:
         return Rows(out, np.array(kept, np.int64))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {len(self)} images, {self.height}x{self.width}x{self.channels})"
+        return f"{type(self).__name__}({self.name!r}, {self._count} images, {self.height}x{self.width}x{self.channels})"
 
     def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
         """uint8 [H,W,C] of one image; raises CorruptImage where it cannot be read."""

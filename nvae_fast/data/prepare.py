@@ -104,7 +104,11 @@ def _values(source: ImageSource, encoded: bool, split: str, bar: bool) -> Iterat
             return None
         return source.stored(i) if encoded else np.ascontiguousarray(image).tobytes()
 
-    with tqdm(total=len(source), desc=split, unit="img", disable=not bar) as progress:
+    try:
+        total = len(source)
+    except InputError:  # shards behind a URL may not say how many images they have
+        total = None
+    with tqdm(total=total, desc=split, unit="img", disable=not bar) as progress:
         for some in source.chunks(_CHUNK):
             yield [value for value in parallel(one, some, 16) if value is not None]
             progress.update(len(some))

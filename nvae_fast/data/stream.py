@@ -68,13 +68,6 @@ class StreamSource(ImageSource):
     """The images of some shards; `len` is the number of images in an epoch."""
 
     def __init__(self, request: Request, names: Sequence[str], counts: Sequence[int | None]):
-        known = [n for n in counts if n is not None]
-        total = request.images_per_epoch if request.split == "train" and request.images_per_epoch else sum(known)
-        if len(known) < len(names) and not (request.split == "train" and request.images_per_epoch):
-            raise InputError(
-                f"the number of images in {names[list(counts).index(None)]} is not known: give --images-per-epoch, or "
-                f"serve beside the shards the {shards.INDEX} that training on a local copy writes"
-            )
         self._names, self._counts, self._window = names, counts, request.window
         self._transform, self.corrupt = request.transform, Corrupt(request.max_corrupt)
         self.random_crop = request.transform.random_crop
@@ -82,7 +75,22 @@ class StreamSource(ImageSource):
         self._only_grey = request.channels is None and head(partial(io.BytesIO, first), label)[0]
         channels = request.channels or (1 if self._only_grey else 3)
         self._first = decode(partial(io.BytesIO, first), label, channels), label
-        super().__init__(request.name, total, (*(request.transform.size or self._first[0].shape[:2]), channels))
+        asked = request.images_per_epoch if request.split == "train" else None
+        super().__init__(
+            request.name,
+            asked or sum(n or 0 for n in counts),
+            (*(request.transform.size or self._first[0].shape[:2]), channels),
+        )
+
+        self._asked = asked is not None
+
+    def __len__(self) -> int:
+        if not self._asked and None in self._counts:
+            raise InputError(
+                f"the number of images in {self._names[list(self._counts).index(None)]} is not known: give "
+                f"--images-per-epoch, or serve beside the shards the {shards.INDEX} that training on a local copy writes"
+            )
+        return self._count
 
     def _find_first(self) -> tuple[bytes, str]:
         """The first image that can be read: it says what the others are like, and stands in for unreadable ones."""

@@ -284,7 +284,8 @@ def test_http(folder, server, cut, ranges):
 def test_http_without_an_index(folder, server):
     spec = server.url + "/{train-000,train-001,val-0,val-1}.tar"
     with pytest.raises(InputError, match="train-000.tar is not known: give --images-per-epoch, or serve beside"):
-        open_images(spec)
+        make_loader(open_images(spec), 4, **OPTIONS)
+    assert prepare(spec, folder / "o", bar=True) == {"train": 14, "valid": 10}
     source = open_images(spec, images_per_epoch=20)
     seen = Counter(numbers(batches(make_loader(source, 4, **OPTIONS))))
     assert len(source) == 20 and set(seen) == set(range(14)) and max(seen.values()) == 2  # 14 images, gone round
