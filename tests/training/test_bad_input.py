@@ -54,7 +54,7 @@ def test_a_truncated_picture(refuse, folder):
     pictures = folder()
     content = (pictures / "07.png").read_bytes()
     (pictures / "07.png").write_bytes(content[: len(content) // 2])
-    refuse([f"{pictures}/07.png cannot be decoded"], "--data", pictures)
+    refuse([f"{pictures}/07.png cannot be decoded"], "--data", pictures, "--max_corrupt", 0)
 
 
 def test_pictures_that_do_not_fit_the_strides(refuse, folder):
