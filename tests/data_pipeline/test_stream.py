@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from nvae_fast.data import make_loader, open_images, shards
 from nvae_fast.data import stream as stream_module
@@ -22,48 +16,6 @@ from nvae_fast.errors import InputError
 
 SIZES = (5, 9, 3, 7, 6, 1, 8)  # of the training shards: 39 images, numbered through in their first pixel
 OPTIONS = {"train": True, "seed": 3, "flip": True, "binarize": False}
-
-
-def shard(path: Path, images, kind: str = "PNG", extra: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-
-        def add(name: str, content: bytes) -> None:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-        for i, image in enumerate(images):
-            if isinstance(image, bytes):
-                content = image
-            else:
-                stream = io.BytesIO()
-                Image.fromarray(image).save(stream, kind)
-                content = stream.getvalue()
-            if extra:
-                add(f"sub/{i:03}.cls", b"7")
-            add(f"sub/{i:03}.{kind.lower()}", content)
-            if extra:
-                add(f"sub/{i:03}.json", b"{}")
-
-
-@pytest.fixture
-def numbered(pixels) -> np.ndarray:
-    images = pixels(60, 5, 4, 3)
-    images[:, 0, 0] = images[:, 0, -1] = np.arange(60)[:, None]
-    return images
-
-
-@pytest.fixture
-def folder(tmp_path, numbered) -> Path:
-    """train-000.tar ... train-006.tar with images 0 to 38, val-0.tar and val-1.tar with 39 to 48."""
-    at = 0
-    for i, n in enumerate(SIZES):
-        shard(tmp_path / "s" / f"train-{i:03}.tar", numbered[at : at + n])
-        at += n
-    shard(tmp_path / "s" / "val-0.tar", numbered[39:43])
-    shard(tmp_path / "s" / "val-1.tar", numbered[43:49])
-    return tmp_path / "s"
 
 
 def numbers(batches) -> list[int]:
@@ -162,7 +114,7 @@ def test_an_evaluation_counts_every_image_once(folder, world, limit):
     assert [numbers(batches(x, 0, min(1, len(x)))) for x in loaders] == [numbers(p[1:]) for p in parts]
 
 
-def test_corrupt_images(tmp_path, numbered, caplog):
+def test_corrupt_images(tmp_path, numbered, caplog, shard):
     shard(tmp_path / "train.tar", [b"bad", *numbered[:4], b"bad", *numbered[4:6]], extra=False)
     shard(tmp_path / "valid.tar", [*numbered[:2], b"bad", numbered[3]])
     source = open_images(tmp_path)
@@ -174,7 +126,7 @@ def test_corrupt_images(tmp_path, numbered, caplog):
     assert prepare(tmp_path, tmp_path / "o") == {"train": 6, "valid": 3}
 
 
-def test_grey_and_sizes(tmp_path, pixels, refused):
+def test_grey_and_sizes(tmp_path, pixels, refused, shard):
     for name in ("train", "valid"):
         shard(tmp_path / f"{name}.tar", [pixels(4, 4), pixels(4, 4, 3)])
     source = open_images(tmp_path)
@@ -187,7 +139,7 @@ def test_grey_and_sizes(tmp_path, pixels, refused):
     assert batches(make_loader(open_images(tmp_path, image_size=(2, 2)), 3, **OPTIONS))[0].shape == (3, 3, 2, 2)
 
 
-def test_the_index(folder, refused, monkeypatch):
+def test_the_index(folder, refused, monkeypatch, shard):
     open_images(folder)
     index = folder / shards.INDEX
     table = json.loads(index.read_text())["shards"]
@@ -213,7 +165,7 @@ def test_the_index(folder, refused, monkeypatch):
     assert len(open_images(folder)) == 84 and not index.exists()
 
 
-def test_wrong_use(tmp_path, numbered, refused):
+def test_wrong_use(tmp_path, numbered, refused, shard):
     shard(tmp_path / "a.tar", numbered[:6])
     refused(str(tmp_path / "{a,b}.tar"), "b.tar")
     refused(str(tmp_path / "?.tar"), "1 shard(s), at least 2", "--dataset tar")
@@ -226,85 +178,6 @@ def test_wrong_use(tmp_path, numbered, refused):
     refused(str(tmp_path / "{b,c}.tar"), "no readable image in")
     source = open_images(tmp_path / "a.tar", valid_fraction=0.5)  # one tar: images at random places, as in a folder
     assert source.images is not None and len(source) == 3
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves server.folder; breaks every connection after server.cut bytes, and knows ranges if server.ranges."""
-
-    def do_GET(self) -> None:
-        server = self.server
-        path = server.folder / self.path.split("?")[0].lstrip("/")
-        server.asked.append((path.name, self.headers.get("Range")))
-        if server.fail or not path.is_file():
-            self.send_error(server.fail or 404)
-            return
-        content, start = path.read_bytes(), 0
-        if server.ranges and self.headers.get("Range"):
-            start = int(self.headers["Range"][6:-1])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start:][: server.cut])
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setattr(shards, "_PAUSES", (0.0,) * 60)
-    monkeypatch.setenv("no_proxy", "*")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.folder, server.asked, server.cut, server.ranges, server.fail = folder, [], None, True, 0
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize(("cut", "ranges"), [(None, True), (9000, True), (9000, False)])
-def test_http(folder, server, cut, ranges):
-    local = open_images(folder, window=6)
-    expected = batches(make_loader(local, 4, **OPTIONS), 1)
-    server.cut, server.ranges = cut, ranges
-    if not ranges:  # such a server can never give more than its first bytes
-        server.cut = 10**6
-    spec = server.url + "/{train-000,train-001,train-002,train-003,train-004,train-005,train-006,val-0,val-1}.tar?token=1"
-    source = open_images(spec, window=6)  # the index that the local run left is served, too
-    assert len(source) == 39
-    got = batches(make_loader(source, 4, **OPTIONS), 1)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert any(asked for _, asked in server.asked) == (cut is not None and ranges)
-    valid = open_images(spec, split="valid")
-    assert numbers(batches(make_loader(valid, 4, train=False, seed=0))) == list(range(39, 49))
-
-
-def test_http_without_an_index(folder, server):
-    spec = server.url + "/{train-000,train-001,val-0,val-1}.tar"
-    with pytest.raises(InputError, match="train-000.tar is not known: give --images-per-epoch, or serve beside"):
-        make_loader(open_images(spec), 4, **OPTIONS)
-    assert prepare(spec, folder / "o", bar=True) == {"train": 14, "valid": 10}
-    source = open_images(spec, images_per_epoch=20)
-    seen = Counter(numbers(batches(make_loader(source, 4, **OPTIONS))))
-    assert len(source) == 20 and set(seen) == set(range(14)) and max(seen.values()) == 2  # 14 images, gone round
-    assert len(open_images(spec, split="valid", images_per_epoch=20)) == 10  # counted by reading them once
-    with pytest.raises(InputError, match="an evaluation needs"):
-        make_loader(source, 4, train=False, seed=0)
-
-
-def test_http_failures(folder, server, refused):
-    spec = server.url + "/{train-000,val-9}.tar"
-    refused(spec, "val-9.tar", "404", images_per_epoch=5, split="valid")
-    assert len([1 for name, _ in server.asked if name == "val-9.tar"]) == 1  # a refusal is not asked again
-    server.fail = 503
-    server.asked.clear()
-    refused(spec, "train-000.tar", "503", images_per_epoch=5)
-    assert len([1 for name, _ in server.asked if name == "train-000.tar"]) == 61
-    server.fail = 0
-    (folder / shards.INDEX).write_text("{")
-    refused(spec, shards.INDEX, "is damaged", images_per_epoch=5)
 
 
 def test_a_failing_reader_is_raised_where_it_is_consumed():
