@@ -64,8 +64,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model)
         self.spectral = SpectralState(c.seed)
         self.step = TrainingStep(self.model, self.optimizer, self.spectral, precision=options.precision)
-        self.train_loader = loader(config, train, train=True, workers=options.workers)
-        self.valid_loader = loader(config, valid, train=False, workers=options.workers)
+        self.train_loader = loader(config, train, train=True, workers=options.workers, device=options.device)
+        self.valid_loader = loader(config, valid, train=False, workers=options.workers, device=options.device)
         self.progress = Progress()
         if start is not None:
             p = self.progress = restore(start, self.model, self.optimizer, self.spectral)
