@@ -13,7 +13,7 @@ from nvae_fast.kernels import _auto, _impl, _norm_conv
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.depthwise_conv import ops, reference
 
-_impl.register("depthwise_conv", cpu=ops.cpu_can_run)
+_impl.register("depthwise_conv", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
 def depthwise_conv(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._impl import native_predicate
 from nvae_fast.kernels.bn_act.ops import empty_image
 
@@ -24,6 +25,8 @@ torch.library.define(  # du in the memory of dy: stride 1, no upsampling
     "(Tensor(a!) dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, int dilation) -> (Tensor, Tensor)",
 )
 
+triton_can_run = _triton.can_run
+_triton.register("depthwise_conv", "depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_")
 MAX_KERNEL = 11
 _compiled = native_predicate("cpu", torch.float32, torch.bfloat16)
 

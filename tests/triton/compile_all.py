@@ -18,25 +18,13 @@ from triton.compiler import ASTSource
 
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
-MODULES = "_join", "bn_act.triton", "pointwise_conv.triton", "se_residual.triton"
+MODULES = "_join", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.triton", "se_residual.triton"
 MODULES += "residual_normal.triton", "logistic_mixture.triton"
-STORED = {"w_ptr", "x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "du_ptr", "skip_ptr"}  # images; every other pointer is a float32 table
+STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
 REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
-CONSTANTS = dict(
-    ACT=1,
-    WIDE=False,
-    ROW=1,
-    VAR=True,
-    RESIDUAL=True,
-    BLOCK_K=32,
-    BLOCK=2048,
-    BLOCK_M=32,
-    BLOCK_C=64,
-    BLOCK_T=32,
-    BLOCK_N=8,
-    BLOCK_H=16,
-)
+CONSTANTS = dict(ACT=1, WIDE=False, ROW=1, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
+CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
 GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
 LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent channels; three colours and 10 mixtures
@@ -51,6 +39,9 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
 }
 ABSENT = {  # which pointers a launcher may leave out
     "bn_act_coefficients_kernel": [("weight_ptr",), ("bias_ptr",), ("weight_ptr", "bias_ptr")],
+    "depthwise_conv_fwd_kernel": [("parts_ptr",)],
+    "depthwise_conv_dweight_kernel": [("y_ptr", "c_ptr", "g_ptr")],
+    "depthwise_conv_du_kernel": [("x_ptr", "bn_ptr", "parts_ptr")],
     "pointwise_conv_fwd_kernel": [("sums_ptr",), ("parts_ptr", "sums_ptr"), ("bn_ptr", "parts_ptr", "sums_ptr")],
     "pointwise_conv_du_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr", "parts_ptr"), ("bn_ptr", "parts_ptr")],
     "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
@@ -67,13 +58,18 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_du_kernel": (pointwise.BACKWARD, "MKN"),
     "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
 }
+OTHERS = {  # than CONSTANTS say
+    "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
+    "depthwise_conv_dweight_kernel": [dict(BLOCK_T=8, BLOCK_M=8)],
+    "depthwise_conv_du_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
+}
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def tiles(name: str, storage: str) -> list[dict]:
-    """The constants and options of each tile that a launcher may choose; one empty dict where CONSTANTS say it."""
+    """The constants and options that a launcher may choose, beside CONSTANTS."""
     if name not in PRODUCTS:
-        return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), [{}])
+        return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), OTHERS.get(name, [{}]))
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
     return [{f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | {"num_warps": row[3]} for row in rows]
@@ -82,13 +78,17 @@ def tiles(name: str, storage: str) -> list[dict]:
 def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False,
              wide: bool = False, tile: dict | None = None, unit: int = 16):  # fmt: skip
     """`absent` pointers are None; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes;
-    `unit`: that K and N are multiples of is said by UNIT_K and UNIT_N alone."""
+    `unit`: that C, K and N are multiples of is said by UNIT, UNIT_K and UNIT_N alone."""
     tile = tiles(name, storage)[-1] if tile is None else tile
     names = kernel.arg_names
     constants = (
-        CONSTANTS | tile | {"WIDE": wide} | dict.fromkeys(absent) | dict.fromkeys(("UNIT_K", "UNIT_N"), 1 if ones else unit)
+        CONSTANTS
+        | tile
+        | {"WIDE": wide}
+        | dict.fromkeys(absent)
+        | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
     )
-    multiples = ("C", "K", "N", "WIDTH") if unit == 16 else ("C", "WIDTH")
+    multiples = ("C", "K", "N", "WIDTH") if unit == 16 else ()
     kinds = {}
     for n in names:
         kinds[n] = f"*{storage if n in STORED else 'fp32'}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
@@ -158,6 +158,6 @@ if __name__ == "__main__":
                         rows += [compiled(name, kernel, storage, arch, tile=tile) for arch in (80, 90)]
                 others = [dict(absent=absent) for absent in ABSENT.get(name, [])] + [dict(ones=True)]
                 others += [dict(wide=True)] if "WIDE" in kernel.arg_names else []
-                others += [dict(unit=8, storage="fp16")] if name in PRODUCTS else []
+                others += [dict(unit=8, storage="fp16")] if {"UNIT", "UNIT_K"} & set(kernel.arg_names) else []
                 rows += [compiled(name, kernel, **options) | options for options in others]
     print(json.dumps(rows))

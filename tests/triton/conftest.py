@@ -22,6 +22,7 @@ DRAWS = 2  # a single draw of the plain op's error says little where a result ha
 
 OPS = {
     "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_")],
+    "depthwise_conv": ["depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_"],
     "pointwise_conv": ["pointwise_conv_fwd", "pointwise_conv_bwd"],
     "se_residual": ["se_residual_fwd", "se_residual_bwd"],
     "residual_normal": ["residual_normal_fwd", "residual_normal_bwd"],

@@ -14,7 +14,8 @@ from nvae_fast.kernels import _impl, _triton
 
 
 def on_cuda(dtype: torch.dtype, requires_grad: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, requires_grad=requires_grad)
+    shape = torch.Size((8, 1, 5, 5))
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, requires_grad=requires_grad, shape=shape)
 
 
 @pytest.fixture
@@ -24,7 +25,9 @@ def modern_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", _triton.DTYPES)
-@pytest.mark.parametrize("op", ["bn_act", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"])
+@pytest.mark.parametrize(
+    "op", ["bn_act", "depthwise_conv", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"]
+)
 def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype):
     x = on_cuda(dtype)
     assert _impl.resolve_impl(op, "auto", x, x) == "triton" == _impl.resolve_impl(op, "triton", x)
@@ -53,7 +56,7 @@ def test_noise_and_images_that_need_a_gradient_go_to_the_reference(modern_gpu):
 def test_every_schema_has_a_launcher_for_cuda():
     for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::bn_act_{name}", "CUDA")
-    for op in ("pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"):
+    for op in ("depthwise_conv", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"):
         for name in ("fwd", "bwd"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::{op}_{name}", "CUDA")
     assert F.bn_act.__module__ == "nvae_fast.kernels.bn_act.api"

@@ -1,0 +1,241 @@
+"""depthwise_conv on a GPU: kernels, then launchers. Images are rows of pixels [M, C], of which a program has a tile at a time.
+
+Simple rather than fast, for any kernel size: a kernel reads an image once for every tap, from the caches, so what stands before
+the convolution (norm and activation; in the backward c0 dy + c1 y + c2) is stored once instead of being computed for every tap.
+Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 (kernels/_join.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvae_fast.kernels import _triton
+from nvae_fast.kernels._join import join_stats, join_sums
+from nvae_fast.kernels._tile import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    differentiate,
+    load_row,
+    load_rows,
+    multiple,
+    offset_of,
+    store_row,
+    store_rows,
+)
+from nvae_fast.kernels.bn_act import triton as bn_act
+from nvae_fast.kernels.bn_act.ops import empty_image
+
+
+@triton.jit
+def load_pixels(ptr, image, i, j, c, inside, H, W, C):
+    """Channels c of pixel (i, j) of an image [H, W, C], 0 where not `inside`; all of shapes that broadcast together."""
+    return tl.load(ptr + ((image * H + i) * W + j) * C + c, mask=inside & (c < C), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, parts_ptr, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK, TAPS: tl.constexpr,
+                              STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+                              BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """y [., OUT_H, OUT_W, C] of x [., H, W, C], whose pixels stand UP x UP times. parts [tasks, 2, C]: mean of a task's y and
+    sum of squares about it, as stored, from sums about the mean of its first tile."""
+    C = multiple(C, UNIT)
+    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = offset_of(task, WIDE) * CHUNK
+    rows = tl.minimum(M - first, CHUNK).to(tl.int32)
+    m = first + tl.arange(0, BLOCK_M)
+    pivot = tl.zeros([BLOCK_C], tl.float32)
+    s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for done in range(0, rows, BLOCK_M):
+        row = m[:, None]
+        image, i, j = row // OUT_W // OUT_H, row // OUT_W % OUT_H * STRIDE, row % OUT_W * STRIDE
+        total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for a in range(TAPS):
+            h = i + (a - TAPS // 2) * DILATION
+            for b in tl.static_range(TAPS):
+                w = j + (b - TAPS // 2) * DILATION
+                inside = (row < M) & (h >= 0) & (h < UP * H) & (w >= 0) & (w < UP * W)
+                x = load_pixels(x_ptr, image, h // UP, w // UP, c[None, :], inside, H, W, C)
+                total += x * load_row(w_ptr, a * TAPS + b, c, C)[None, :]
+        y = total.to(y_ptr.dtype.element_ty)
+        store_rows(y_ptr, m, c, M, C, y)
+        if parts_ptr is not None:
+            y = tl.where(row < M, y.to(tl.float32), 0.0)
+            if done == 0:
+                pivot = tl.sum(y, 0) / tl.minimum(rows, BLOCK_M)
+            d = tl.where(row < M, y - pivot[None, :], 0.0)
+            s1 += d
+            s2 += d * d
+        m += BLOCK_M
+    if parts_ptr is not None:
+        moved = tl.sum(s1, 0)
+        parts = parts_ptr + offset_of(task, WIDE) * 2 * C
+        store_row(parts, 0, c, C, pivot + moved / rows)
+        store_row(parts, 1, c, C, tl.sum(s2, 0) - moved * moved / rows)
+
+
+@triton.jit
+def depthwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, g_ptr, x_ptr, parts_ptr, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK,
+                                  TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr,
+                                  UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+                                  BLOCK_C: tl.constexpr):  # fmt: skip
+    """parts [tasks, C, TAPS^2]: the weight's gradient over a task's rows of g = c0 dy + c1 y + c2, which is written on the way
+    (without c it is dy)."""
+    C = multiple(C, UNIT)
+    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    down, right = (tap // TAPS - TAPS // 2) * DILATION, (tap % TAPS - TAPS // 2) * DILATION
+    first = offset_of(task, WIDE) * CHUNK
+    m = first + tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_T, BLOCK_M, BLOCK_C], tl.float32)
+    for _ in range(0, tl.minimum(M - first, CHUNK).to(tl.int32), BLOCK_M):
+        g = load_rows(dy_ptr, m, c, M, C)
+        if c_ptr is not None:
+            c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
+            g = g * c0[None, :] + load_rows(y_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
+            g = tl.where((m < M)[:, None], g, 0.0).to(g_ptr.dtype.element_ty)
+            if tl.program_id(2) == 0:
+                store_rows(g_ptr, m, c, M, C, g)
+            g = g.to(tl.float32)
+        row = m[None, :, None]
+        h, w = row // OUT_W % OUT_H * STRIDE + down[:, None, None], row % OUT_W * STRIDE + right[:, None, None]
+        inside = (row < M) & (tap < TAPS * TAPS)[:, None, None] & (h >= 0) & (h < UP * H) & (w >= 0) & (w < UP * W)
+        x = load_pixels(x_ptr, row // OUT_W // OUT_H, h // UP, w // UP, c[None, None, :], inside, H, W, C)
+        total += x * g[None, :, :]
+        m += BLOCK_M
+    out = parts_ptr + (task.to(tl.int64) * C + c[None, :]) * TAPS * TAPS + tap[:, None]
+    tl.store(out, tl.sum(total, 1), mask=(c < C)[None, :] & (tap < TAPS * TAPS)[:, None])
+
+
+@triton.jit
+def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, parts_ptr, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK,
+                             ACT: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
+                             WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+                             BLOCK_C: tl.constexpr):  # fmt: skip
+    """du = (g conv^T w) act'(u), without bn g conv^T w. parts [tasks, 2, C]: sum(du), sum(du (x - mean)), of du as stored."""
+    C = multiple(C, UNIT)
+    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = offset_of(task, WIDE) * CHUNK
+    m = first + tl.arange(0, BLOCK_M)
+    s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for _ in range(0, tl.minimum(M - first, CHUNK).to(tl.int32), BLOCK_M):
+        row = m[:, None]
+        image, i, j = row // W // H, row // W % H * UP, row % W * UP
+        du = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for a in range(UP * UP * TAPS):  # of each of its UP x UP pixels, a row of taps
+            h = i + a // TAPS // UP - (a % TAPS - TAPS // 2) * DILATION
+            for b in tl.static_range(TAPS):
+                w = j + a // TAPS % UP - (b - TAPS // 2) * DILATION
+                inside = (row < M) & (h >= 0) & (h < OUT_H * STRIDE) & (w >= 0) & (w < OUT_W * STRIDE)
+                inside &= (h % STRIDE == 0) & (w % STRIDE == 0)
+                g = load_pixels(g_ptr, image, h // STRIDE, w // STRIDE, c[None, :], inside, OUT_H, OUT_W, C)
+                du += g * load_row(w_ptr, a % TAPS * TAPS + b, c, C)[None, :]
+        if bn_ptr is not None:
+            x = load_rows(x_ptr, m, c, M, C)
+            scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
+            du = differentiate(du, x * scale[None, :] + shift[None, :], ACT)
+            du = tl.where(row < M, du, 0.0).to(du_ptr.dtype.element_ty)
+            s1 += du.to(tl.float32)
+            s2 += du.to(tl.float32) * (x - load_row(bn_ptr, MEAN, c, C)[None, :])
+        store_rows(du_ptr, m, c, M, C, du)
+        m += BLOCK_M
+    if bn_ptr is not None:
+        parts = parts_ptr + offset_of(task, WIDE) * 2 * C
+        store_row(parts, 0, c, C, tl.sum(s1, 0))
+        store_row(parts, 1, c, C, tl.sum(s2, 0))
+
+
+def depthwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stride: int, dilation: int, upsample: int,
+                       stats: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, sizes = _triton.image("x", x), _sizes(x, weight, stride, dilation, upsample)
+    y = empty_image(x, *x.shape[:2], sizes["OUT_H"], sizes["OUT_W"])
+    if not y.numel():
+        return y, y.new_zeros(2 if stats else 0, y.shape[1], dtype=torch.float32)
+    a = x if bn is None else bn_act.bn_act_fwd(x, bn, act)
+    rows, grid, chunk, tile = _tasks(y)
+    parts = y.new_empty(grid[0], 2, y.shape[1], dtype=torch.float32) if stats else None
+    depthwise_conv_fwd_kernel[grid](a, _taps_first(weight), y, parts, M=rows, CHUNK=chunk, WIDE=_wide(x, y), **sizes, **tile)
+    return y, y.new_empty(0, y.shape[1], dtype=torch.float32) if parts is None else join_stats(parts, rows, chunk)
+
+
+def depthwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor,
+                       stride: int, dilation: int, upsample: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    du = empty_image(x, *x.shape)
+    return du, *_backward(dy, y, c, x, bn, act, weight, stride, dilation, upsample, du)
+
+
+def depthwise_conv_bwd_(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int,
+                        weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # g is a tensor of its own where there is c: what follows it may be written over dy
+    here = c is not None and dy.is_contiguous(memory_format=torch.channels_last)
+    du = dy if here else empty_image(x, *x.shape)
+    found = _backward(dy, y, c, x, bn, act, weight, 1, dilation, 1, du)
+    if not here:
+        dy.copy_(du)
+    return found
+
+
+def _backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor,
+              stride: int, dilation: int, upsample: int, du: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dweight, sums), and du written"""
+    x, sizes = _triton.image("x", x), _sizes(x, weight, stride, dilation, upsample)
+    channels, like = x.shape[1], x.new_empty(()).expand(*x.shape[:2], sizes["OUT_H"], sizes["OUT_W"])
+    dy = _triton.image("dy", dy, like)
+    if (y is None) != (c is None):
+        raise RuntimeError("depthwise_conv: expected both y and c, or neither")
+    y, c = None if y is None else _triton.image("y", y, like), _triton.floats("c", c, 3, channels)
+    bn = _triton.floats("coefficients", bn, 5, channels)
+    sums = x.new_empty(0 if bn is None else 2, channels, dtype=torch.float32)
+    if not x.numel():
+        return weight.new_zeros(weight.shape), sums.zero_()
+    sizes["WIDE"] = _wide(x, dy)
+    a, g = x if bn is None else bn_act.bn_act_fwd(x, bn, act), dy if c is None else torch.empty_like(dy)
+    rows, grid, chunk, tile = _tasks(dy, taps=weight[0].numel())
+    parts = sums.new_empty(grid[0], channels, weight[0].numel())
+    depthwise_conv_dweight_kernel[grid](dy, y, c, g, a, parts, M=rows, CHUNK=chunk, **sizes, **tile)
+    dweight = join_sums(parts, weight.dtype).view(weight.shape)
+    rows, grid, chunk, tile = _tasks(x)
+    parts = None if bn is None else sums.new_empty(grid[0], 2, channels)
+    depthwise_conv_du_kernel[grid](g, x, bn, _taps_first(weight), du, parts, M=rows, CHUNK=chunk, ACT=act, **sizes, **tile)
+    return dweight, sums if parts is None else join_sums(parts)
+
+
+def _sizes(x: Tensor, weight: Tensor, stride: int, dilation: int, upsample: int) -> dict[str, int]:
+    _, channels, height, width = x.shape
+    taps = weight.shape[-1] if weight.dim() else 0
+    if weight.shape != (channels, 1, taps, taps) or taps % 2 == 0:
+        raise RuntimeError(f"weight has shape {tuple(weight.shape)}; expected [{channels}, 1, k, k] with k odd")
+    out = ((n * upsample - 1) // stride + 1 for n in (height, width))
+    # further apart than the image, all taps but the middle one lie outside
+    dilation = min(dilation, max(height * upsample, width * upsample, 1))
+    names = ("C", "H", "W", "OUT_H", "OUT_W", "DILATION", "TAPS", "STRIDE", "UP", "UNIT")
+    return dict(
+        zip(names, (channels, height, width, *out, dilation, taps, stride, upsample, _triton.unit(channels)), strict=True)
+    )
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """[k^2, C]"""
+    return weight.flatten(1).t().contiguous()
+
+
+def _wide(*images: Tensor) -> bool:
+    return any(_triton.wide(t) for t in images)
+
+
+def _tasks(t: Tensor, taps: int = 0):
+    """(rows, grid of tasks, CHUNK, sizes of a tile) of a pass over t, or over t and its taps: about 1,000 programs."""
+    channels, least = t.shape[1], 2048
+    rows, block_c, across, tile = t.numel() // channels, _triton.power_of_2(channels, 64), 1, {}
+    if taps:
+        tile["BLOCK_T"] = _triton.power_of_2(taps, 8)
+        least, across = 512, triton.cdiv(taps, tile["BLOCK_T"])
+    tile |= {"BLOCK_M": least // block_c, "BLOCK_C": block_c}
+    blocks = triton.cdiv(channels, block_c)
+    count, chunk = _triton.tasks(rows, tile["BLOCK_M"], 1024 // (blocks * across))
+    return rows, (count, blocks, across) if taps else (count, blocks), chunk, tile
