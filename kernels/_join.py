@@ -51,19 +51,20 @@ def join_sums_kernel(parts_ptr, out_ptr, TASKS, WIDTH, GROUP, BLOCK_T: tl.conste
     store_row(out_ptr, group, c, WIDTH, tl.sum(total, 0))
 
 
-def join_sums(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The sum of parts [tasks, ...] over its tasks, which are one or more."""
+def join_sums(parts: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The sum of parts [tasks, ...] over its tasks, which are one or more; written to `out`, dense, where that is given."""
 
-    def join(parts: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-        out = parts.new_empty(triton.cdiv(len(parts), group), *parts.shape[1:], dtype=dtype)
+    def join(parts: Tensor, group: int, out: Tensor) -> Tensor:
         width = out[0].numel()
         grid = (triton.cdiv(width, 32), len(out))
         join_sums_kernel[grid](parts, out, len(parts), width, group, BLOCK_T=32, BLOCK_C=32)
         return out
 
     if len(parts) > MANY:
-        parts = join(parts, triton.cdiv(len(parts), 32), torch.float32)
-    return join(parts, len(parts), dtype)[0]
+        group = triton.cdiv(len(parts), 32)
+        parts = join(parts, group, torch.empty_like(parts[: triton.cdiv(len(parts), group)]))
+    out = parts.new_empty(parts.shape[1:], dtype=dtype) if out is None else out
+    return join(parts, len(parts), out[None])[0]
 
 
 def join_stats(parts: Tensor, rows: int, chunk: int) -> Tensor:

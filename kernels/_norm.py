@@ -138,14 +138,14 @@ def gradients(sums: Tensor, bn: Tensor, count: float, c: NormConfig) -> tuple[Te
 
 def move_running(norms: Sequence[Norm], found: Sequence[Tensor], values: Sequence[int]) -> None:
     """Moves the running statistics of each norm, once, by found [>= 2, C] = mean, var of a batch with that many values."""
-    for norm, bn, count in zip(norms, found, values, strict=True):
-        if not norm.training or norm.running_mean is None:
-            continue
+    moving = [(n, *rest) for n, *rest in zip(norms, found, values, strict=True) if n.training and n.running_mean is not None]
+    counters = [norm.num_batches_tracked for norm, *_ in moving if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    for norm, bn, count in moving:
         rate = norm.momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if rate is None:
-                rate = 1.0 / float(norm.num_batches_tracked)
+        if rate is None:
+            rate = 1.0 / float(norm.num_batches_tracked)
         if norm.group is not None:
             total = torch.tensor(float(count), dtype=torch.float64, device=bn.device)
             dist.all_reduce(total, group=norm.group)

@@ -54,6 +54,7 @@ class NormConv(torch.autograd.Function):
         ctx.settings = op, config, act, sizes, count
         bn = x.new_empty(0, x.shape[1], dtype=torch.float32) if bn is None else bn
         ctx.mark_non_differentiable(y_stats, bn)
+        ctx.set_materialize_grads(False)
         return y, y_stats, bn
 
     @staticmethod

@@ -98,6 +98,7 @@ class BnAct(torch.autograd.Function):
         ctx.save_for_backward(x, bn)
         ctx.count, ctx.config, ctx.act = count, config, act
         ctx.mark_non_differentiable(bn)
+        ctx.set_materialize_grads(False)
         return torch.ops.nvae_fast.bn_act_fwd(x, bn, act), bn
 
     @staticmethod

@@ -83,12 +83,18 @@ def bn_act_gradients_kernel(sums_ptr, bn_ptr, c_ptr, dweight_ptr, dbias_ptr, sha
 
 
 @triton.jit
-def bn_act_move_kernel(running_ptr, bn_ptr, ROW: tl.constexpr, keep, rate, stride, C, BLOCK_C: tl.constexpr):
-    """running <- keep running + rate found, one row of bn, in float64"""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+def move_row(running_ptr, stride, bn_ptr, ROW: tl.constexpr, keep, rate, c, C):
     old = tl.load(running_ptr + c * stride, mask=c < C, other=0.0).to(tl.float64)
     new = old * keep + load_row(bn_ptr, ROW, c, C).to(tl.float64) * rate
     tl.store(running_ptr + c * stride, new.to(running_ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def bn_act_move_kernel(mean_ptr, var_ptr, bn_ptr, keep, rate, var_rate, MEAN_STRIDE, VAR_STRIDE, C, BLOCK_C: tl.constexpr):
+    """running <- keep running + rate found, in float64; for the variance with a rate of its own"""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    move_row(mean_ptr, MEAN_STRIDE, bn_ptr, MEAN, keep, rate, c, C)
+    move_row(var_ptr, VAR_STRIDE, bn_ptr, VAR, keep, var_rate, c, C)
 
 
 @_triton.autotuned("C")
@@ -182,13 +188,14 @@ def bn_act_gradients(sums: Tensor, bn: Tensor, count: float) -> tuple[Tensor, Te
 def bn_act_move(running_mean: Tensor, running_var: Tensor, bn: Tensor, rate: float, count: float) -> None:
     channels = running_mean.numel()
     bn = _triton.floats("coefficients", bn, 5, channels)
-    for row, (running, factor) in enumerate(((running_mean, 1.0), (running_var, count / max(count - 1.0, 1.0)))):
+    for running in (running_mean, running_var):
         if running.shape != (channels,):
             raise RuntimeError(f"running statistics have shape {tuple(running.shape)}; expected {(channels,)}")
-        if channels:
-            bn_act_move_kernel[(triton.cdiv(channels, 128),)](
-                running, bn, row, 1.0 - rate, rate * factor, running.stride(0), channels, BLOCK_C=128
-            )
+    if channels:
+        strides, rates = (running_mean.stride(0), running_var.stride(0)), (rate, rate * (count / max(count - 1.0, 1.0)))
+        bn_act_move_kernel[(triton.cdiv(channels, 128),)](
+            running_mean, running_var, bn, 1.0 - rate, *rates, *strides, channels, BLOCK_C=128
+        )
 
 
 def bn_act_fwd(x: Tensor, bn: Tensor, act: int) -> Tensor:

@@ -85,6 +85,7 @@ class SEResidual(torch.autograd.Function):
         ctx.save_for_backward(x, bn, w1, w2, state)
         ctx.residual_scale = residual_scale
         ctx.mark_non_differentiable(found)
+        ctx.set_materialize_grads(False)
         return y, found
 
     @staticmethod

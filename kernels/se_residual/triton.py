@@ -216,10 +216,12 @@ def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None,
     if bn is not None:
         found.append(torch.zeros_like(bn))
         if x.numel():
-            found[-1][3:].copy_(join_sums(dbn))
+            join_sums(dbn, out=found[-1][3:])
     if w1 is not None and w2 is not None:
-        dw1, dw2 = torch.zeros_like(w1), torch.zeros_like(w2)
-        if x.numel():
+        dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+        if not x.numel():
+            dw1.zero_(), dw2.zero_()
+        else:
             block_h = _triton.power_of_2(hidden, 64)
             grid = (triton.cdiv(channels, 16), triton.cdiv(hidden, block_h))
             se_residual_weights_kernel[grid](

@@ -22,8 +22,8 @@ MODULES = "_join", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.tri
 MODULES += "residual_normal.triton", "logistic_mixture.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
-REALS = {"eps", "share", "keep", "rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
-CONSTANTS = dict(ACT=1, WIDE=False, ROW=1, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
+REALS = {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
+CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
 GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
