@@ -1,7 +1,7 @@
 """y = BN3(P a(BN2(D a(BN1(E BN0(x)))))): NVAE's cell branch. E and P are 1x1 convolutions, D is depthwise k x k, a is Swish.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds,
-else "reference".
+"triton" for float32, bfloat16 and float16 images on CUDA where Triton is installed, else "reference".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nvae_fast.kernels.inverted_residual import ops, reference
 
 MEMORY = ("fast", "balanced", "low")
 
-_impl.register("inverted_residual", cpu=ops.cpu_can_run)
+_impl.register("inverted_residual", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
 def inverted_residual(
@@ -47,7 +47,8 @@ def inverted_residual(
             reference keeps what autograd keeps, about 40.
         defer: return (t, bn) with the last normalisation still to be applied, as `se_residual(bn=...)` does; bn is None where t
             is y already (the reference).
-        impl: "auto", "reference" or "cpu" (float32, bfloat16, k up to 11). The reference alone can be differentiated twice.
+        impl: "auto", "reference", "cpu" (float32, bfloat16, k up to 11) or "triton" (CUDA; float16 too). The reference alone
+            can be differentiated twice.
 
     Returns y [B, O, H', W'] in the dtype of x (under autocast: in autocast's).
 

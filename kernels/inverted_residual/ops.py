@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _norm
+from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels.depthwise_conv import ops as depthwise_ops
 from nvae_fast.kernels.pointwise_conv import ops as pointwise_ops
@@ -26,6 +26,9 @@ _IDENTITY, _SWISH = 0, 1
 def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
     """Predicate of impl="cpu" on (x, depthwise weight)."""
     return depthwise_ops.cpu_can_run(tensors) or pointwise_ops.cpu_can_run(tensors)
+
+
+triton_can_run = _triton.can_run  # as of every stage
 
 
 class InvertedResidual(torch.autograd.Function):
@@ -68,6 +71,7 @@ class InvertedResidual(torch.autograd.Function):
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
         ctx.settings = configs, stride, upsample, (n0, n1, n2, n3)
         ctx.mark_non_differentiable(bn0, bn1, bn2)
+        ctx.set_materialize_grads(False)  # zeros for those three
         return t3, bn3, bn0, bn1, bn2
 
     @staticmethod
@@ -76,6 +80,7 @@ class InvertedResidual(torch.autograd.Function):
         raw = torch.ops.nvae_fast
         x, t1, t2, t3, expand, depthwise, project, bn0, bn1, bn2, bn3 = ctx.saved_tensors
         configs, stride, upsample, counts = ctx.settings
+        dt3, dbn3 = (torch.zeros_like(t) if d is None else d for d, t in ((dt3, t3), (dbn3, bn3)))
         if t1 is None:
             t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
             t2 = raw.depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]

@@ -26,7 +26,11 @@ def modern_gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", _triton.DTYPES)
 @pytest.mark.parametrize(
-    "op", ["bn_act", "depthwise_conv", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"]
+    "op",
+    [
+        *("bn_act", "depthwise_conv", "inverted_residual", "pointwise_conv", "se_residual"),
+        *("residual_normal", "logistic_mixture_log_prob"),
+    ],
 )
 def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype):
     x = on_cuda(dtype)
