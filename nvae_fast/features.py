@@ -24,7 +24,7 @@ from nvae_fast.errors import InputError, unknown
 from nvae_fast.evaluation import ranks
 from nvae_fast.metrics import KEEP, Moments, frechet_distance, kernel_distance
 from nvae_fast.model import NVAE
-from nvae_fast.sampling import Temperature, sample_batches
+from nvae_fast.sampling import Temperature, check_finite, sample_batches
 
 BATCH, FORMAT = 64, "nvae_fast reference 1"  # images at a time; of the file of a reference
 FID_WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -221,7 +221,7 @@ def score(model: NVAE, against: Collected, features: Features, kinds: Sequence[s
     def batches() -> Iterator[Tensor]:
         for x in sample_batches(model, num_samples, temperature=temperature, batch_size=batch_size, seed=seed, mean=mean,
                                 part=part):  # fmt: skip
-            yield x[..., padding:-padding, padding:-padding] if padding else x
+            yield check_finite(x[..., padding:-padding, padding:-padding] if padding else x)
             if progress is not None:
                 progress(len(x))
 

@@ -34,8 +34,10 @@ def grid(images: Tensor, columns: int, *, gap: int = 2, min_side: int = 64) -> I
 
 
 def to_levels(images: Tensor) -> np.ndarray:
-    """Images [N, C, H, W] in [0, 1] as uint8 [N, H, W, C], rounded to the nearest level."""
-    return (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    """Images [N, C, H, W] in [0, 1] as uint8 [N, H, W, C], rounded to the nearest level; NaN is 0."""
+    return (
+        (images.detach().float().cpu().nan_to_num(0).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    )
 
 
 def save_npz(images: Tensor, path: str | Path) -> None:

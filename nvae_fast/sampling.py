@@ -30,16 +30,21 @@ def passes(model: NVAE) -> Iterator[torch.device]:
 
 def show(model: NVAE, logits: Tensor, generator: torch.Generator | None = None, *, mean: bool = False) -> Tensor:
     """The images [B, C, H, W] in [0, 1] that `logits` stand for: the mean of a Bernoulli, and of any other distribution a draw,
-    or with `mean` its mean. RunError if some are not finite."""
+    or with `mean` its mean."""
     dist = model.decoder_output(logits)
     images = dist.mean if mean or model.config.output_likelihood == "bernoulli" else dist.sample(generator=generator)
-    bad = (~images.isfinite()).flatten(1).any(1).sum().item() if images.numel() else 0
+    return images.clamp(0, 1)
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """The images [N, C, H, W] themselves; RunError if some hold NaN or infinite pixels."""
+    bad = int((~images.isfinite()).flatten(1).any(1).sum()) if images.numel() else 0
     if bad:
         raise RunError(
             f"{bad} of {len(images)} images hold NaN or infinite pixels: sample without --readjust-bn, at a higher "
             "--temperature, or from an earlier checkpoint"
         )
-    return images.clamp(0, 1)
+    return images
 
 
 def sample_batches(model: NVAE, n: int, *, temperature: Temperature = 1.0, batch_size: int = 64, seed: int = 0,

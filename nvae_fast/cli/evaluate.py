@@ -108,14 +108,14 @@ def _sample(model: NVAE, folder: Path, args: argparse.Namespace) -> None:
     import numpy as np
 
     from nvae_fast.evaluation import ranks
-    from nvae_fast.sampling import sample_batches
+    from nvae_fast.sampling import check_finite, sample_batches
 
     readjust(model, args, args.temperature)
     rank, world = ranks()
     batches = sample_batches(model, args.num_samples, temperature=args.temperature, batch_size=args.batch_size or 100,
                              seed=args.seed, part=(rank, world))  # fmt: skip
     for i, images in enumerate(batches):
-        file, array = folder / f"gpu_{rank}_samples_{i}.npz", images.cpu().numpy()
+        file, array = folder / f"gpu_{rank}_samples_{i}.npz", check_finite(images).cpu().numpy()
         atomic_write(file, lambda out, x=array: np.savez_compressed(out, samples=x))
     _say(f"{args.num_samples} samples in {folder}/gpu_*_samples_*.npz")
 

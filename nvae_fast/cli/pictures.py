@@ -104,7 +104,9 @@ def readjust(model: NVAE, args: argparse.Namespace, temperature: float | list[fl
 def write_pictures(args: argparse.Namespace, grid: Tensor, columns: int, images: Tensor | None = None) -> None:
     """The grid [N, C, H, W] as a PNG, and `images` (None: the grid's) as .npz when asked for."""
     from nvae_fast.images import save_grid, save_npz
+    from nvae_fast.sampling import check_finite
 
+    check_finite(grid)
     save_grid(grid, args.out, columns)
     if args.npz:
         save_npz(grid if images is None else images, args.npz)

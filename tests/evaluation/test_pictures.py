@@ -9,9 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nvae_fast import InputError, RunError, TrainConfig
+from nvae_fast.checkpoint.native import load_model
 from nvae_fast.data import open_images
 from nvae_fast.latents import interpolate, mix, traverse
-from nvae_fast.sampling import decode, encode, reconstruct_images, sample_batches, sample_images
+from nvae_fast.sampling import check_finite, decode, encode, reconstruct_images, sample_batches, sample_images
 
 DMOL = {"training": TrainConfig(), "num_mixture_dec": 2}
 
@@ -51,12 +52,24 @@ def test_samples_do_not_depend_on_who_draws_them(model):
     assert torch.allclose(frozen, frozen[:1], atol=1e-5)
 
 
-def test_images_that_are_not_finite_are_not_passed_on(make):
-    model = make()
+def test_images_that_are_not_finite_are_told(make, saved, cli, tmp_path):
+    """By the commands and by distances; a training run that draws pictures goes on."""
+    model = make(training=load_model(saved).config.training)
     with torch.no_grad():
         model.image_conditional[1].bias.fill_(torch.nan)
+    assert sample_images(model, 2).isnan().all()
     with pytest.raises(RunError, match="2 of 2 images hold NaN"):
-        sample_images(model, 2)
+        check_finite(sample_images(model, 2))
+    model.save_pretrained(saved)
+    for argv in (
+        ("sample", saved, "-n", 2, "--out", tmp_path / "x.png"),
+        ("reconstruct", saved, "--out", tmp_path / "x.png"),
+        ("evaluate", saved, "--metrics", "fd", "--num_samples", 4, "--save", tmp_path / "out"),
+        ("evaluate", saved, "--eval_mode", "sample", "--num_samples", 4, "--save", tmp_path / "out"),
+    ):
+        result = cli(*argv)
+        assert result.code == 1 and "images hold NaN or infinite pixels" in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "x.png").exists() and not list(tmp_path.glob("out/[eg]*"))
 
 
 def test_mixing():
