@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 MEAN, VAR, RSTD, SCALE, SHIFT = (tl.constexpr(row) for row in range(5))  # rows of bn [5, C]
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 SWISH, ELU = tl.constexpr(1), tl.constexpr(2)  # positions in _norm.ACTIVATIONS
 
 
@@ -21,6 +23,15 @@ def offset_of(index, WIDE: tl.constexpr):
 def multiple(n, UNIT: tl.constexpr):
     """n, a multiple of UNIT (`_triton.unit`): the compiler, which finds multiples of 16 alone, reads rows that wide."""
     return n // UNIT * UNIT
+
+
+@triton.jit
+def pointer_in(item, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a field of an item of a table (_lists.py)."""
+    address = tl.load(item + FIELD).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,11 +58,20 @@ def _launcher(op: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"nvae_fast.kernels.{op}.triton"), name)
 
     def launch(*args: Any) -> Any:
-        x = next(t for t in args if isinstance(t, Tensor))
-        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
+        # Triton launches on the current device, which need not be that of the tensors
+        with torch.cuda.device_of(next(_tensors(args))):
             return load()(*args)
 
     return launch
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    """Those among the arguments and in their lists."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
 
 
 def autotuned(*key: str) -> Callable[[Any], Any]:

@@ -1,7 +1,8 @@
 """flow_cell: one half of a volume-preserving autoregressive flow cell.
 
-`impl="auto"` takes "cpu" for float32 and bfloat16 tensors on the CPU, else "reference": the native code won
-wherever it was measured (README.md beside this file).
+`impl="auto"` takes "cpu" for float32 and bfloat16 tensors on the CPU, where the native code won wherever it was measured
+(README.md beside this file), "triton" for float32, bfloat16 and float16 ones on CUDA where Triton is installed, else
+"reference".
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from nvae_fast.kernels import _impl
 from nvae_fast.kernels.flow_cell import ops, reference
 
-_impl.register("flow_cell", cpu=ops.cpu_can_run)
+_impl.register("flow_cell", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
 def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Tensor, *, impl: str = "auto") -> Tensor:
@@ -19,8 +20,8 @@ def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Te
 
     The weights are the effective ones: already masked (`autoregressive_mask`, the first convolution strict) and
     normalised (`weight_norm`). Then m is strictly autoregressive and the log-determinant is 0. The op itself does not
-    look at the masks: any weights are right, and their gradients are complete, those of masked entries too. The native
-    implementation finds the taps of w_in and w_dw that are zero for all channels and skips them. The second ELU in a row
+    look at the masks: any weights are right, and their gradients are complete, those of masked entries too. The fused
+    implementations find the taps of w_in and w_dw that are zero for all channels and skip them. The second ELU in a row
     is part of the published model.
 
     Args:
@@ -28,8 +29,8 @@ def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Te
             float64).
         w_in: [E, Z, 3, 3]; w_dw: [E, 1, 5, 5]; w_out: [Z, E, 1, 1]; E is 6 Z in NVAE.
         bias_out: [Z].
-        impl: "auto", "reference" or "cpu" (float32 or bfloat16, also mixed; any strides). The reference alone can be
-            differentiated twice.
+        impl: "auto", "reference", "cpu" (float32 or bfloat16, also mixed; any strides) or "triton" (CUDA; float16 too). The
+            reference alone can be differentiated twice.
 
     Raises:
         ValueError: shapes that do not match.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 
@@ -15,6 +16,8 @@ torch.library.define("nvae_fast::flow_cell_fwd", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("nvae_fast::flow_cell_bwd", f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+triton_can_run = _triton.can_run
+_triton.register("flow_cell", "flow_cell_fwd", "flow_cell_bwd")
 
 
 @torch.library.register_fake("nvae_fast::flow_cell_fwd")

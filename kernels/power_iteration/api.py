@@ -1,7 +1,7 @@
 """power_iteration: the largest singular value of many weights, from singular vectors kept between calls.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 weights on the CPU (measured against the reference: README.md beside
-this file), else "reference".
+this file), "triton" for float32, bfloat16 and float16 ones on CUDA where Triton is installed, else "reference".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from nvae_fast.kernels import _impl
 from nvae_fast.kernels.power_iteration import ops, reference
 
-_impl.register("power_iteration", cpu=ops.cpu_can_run)
+_impl.register("power_iteration", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
 def power_iteration(
@@ -35,11 +35,12 @@ def power_iteration(
         u, v: L vectors [R] and [K], the start; v counts only for iterations = 0. They are not modified.
         iterations: rounds of the two updates, 0 or more.
         eps: smallest norm that a vector is divided by.
-        impl: "auto", "reference" or "cpu" (float32, bfloat16). The reference alone can be differentiated twice.
+        impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
+            differentiated twice.
 
     Returns:
-        sigma [L], and the lists of the new u and v; float32 (float64 where the weight is). With "cpu" all u are views of
-        one buffer, and all v of another.
+        sigma [L], and the lists of the new u and v; float32 (float64 where the weight is). With "cpu" and "triton" all u are
+        views of one buffer, and all v of another.
 
     Raises:
         ValueError: no weights, lists of different lengths, shapes that do not match, negative iterations.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 
@@ -20,6 +21,8 @@ torch.library.define(
 torch.library.define("nvae_fast::power_iteration_bwd", "(Tensor dsigma, Tensor u, Tensor v, SymInt[] layouts) -> Tensor[]")
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
+triton_can_run = _triton.can_run
+_triton.register("power_iteration", "power_iteration_fwd", "power_iteration_bwd")
 
 
 @torch.library.register_fake("nvae_fast::power_iteration_fwd")

@@ -1,7 +1,7 @@
 """weight_norm: the effective weights of many normalised (and masked) convolutions at once.
 
 `impl="auto"` takes "cpu" for float32 weights and log_norms on the CPU (measured against the reference: README.md beside
-this file), else "reference".
+this file), "triton" for float32, bfloat16 and float16 ones on CUDA where Triton is installed, else "reference".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from nvae_fast.kernels import _impl
 from nvae_fast.kernels.weight_norm import ops, reference
 
-_impl.register("weight_norm", cpu=ops.cpu_can_run)
+_impl.register("weight_norm", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
 def weight_norm(
@@ -36,7 +36,8 @@ def weight_norm(
         masks: m, of the weight's shape and any dtype, or None where there is none; None for no masks at all. They are
             data: one that requires a gradient is refused.
         eps: added to the norm.
-        impl: "auto", "reference" or "cpu" (float32 weights and log_norms). The reference alone can be differentiated twice.
+        impl: "auto", "reference", "cpu" (float32 weights and log_norms) or "triton" (CUDA; bfloat16 and float16 too). The
+            reference alone can be differentiated twice.
 
     Returns:
         The effective weights, each in the dtype of its weight; the arithmetic is float32 (float64 for float64).

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 
@@ -17,6 +18,8 @@ torch.library.define("nvae_fast::weight_norm_fwd", f"({_INPUTS}, float eps) -> T
 torch.library.define("nvae_fast::weight_norm_bwd", f"(Tensor?[] grads, {_INPUTS}, float eps) -> Tensor[]")
 
 cpu_can_run = native_predicate("cpu", torch.float32)
+triton_can_run = _triton.can_run
+_triton.register("weight_norm", "weight_norm_fwd", "weight_norm_bwd")
 
 
 @torch.library.register_fake("nvae_fast::weight_norm_fwd")

@@ -6,21 +6,11 @@ import itertools
 
 import pytest
 import torch
-from weight_norms import LARGE, NATIVE, SETS, SHAPES, incoming, make, native, run
+from weight_norms import LARGE, LAYOUTS, NATIVE, SETS, SHAPES, incoming, make, native, run
 
 from nvae_fast.kernels.weight_norm import weight_norm
 
 pytestmark = native
-
-
-LAYOUTS = {
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
-    "output channel innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    "transposed": lambda t: t.mT.contiguous().mT,
-    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "half of the rows": lambda t: torch.cat([t, t]).chunk(2)[1],
-    "half of the columns": lambda t: torch.cat([t, t], 1).chunk(2, 1)[0],
-}
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -14,6 +14,14 @@ IMPLS = ["reference", pytest.param("cpu", marks=native)]
 SETS = [s for s in (NATIVE.build_info()["instruction_sets"] if NATIVE else []) if NATIVE.use_instruction_set(s)]
 SHAPES = [(4, 3, 3, 3), (5, 2), (6, 1, 5, 5), (3, 4, 1)]
 LARGE = [(7, 33, 3, 3), (2, 1200), (65, 1, 1, 1)]
+LAYOUTS = {
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "output channel innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "half of the rows": lambda t: torch.cat([t, t]).chunk(2)[1],
+    "half of the columns": lambda t: torch.cat([t, t], 1).chunk(2, 1)[0],
+}
 
 
 def make(dtype=torch.float32, shapes=SHAPES):

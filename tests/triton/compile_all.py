@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -20,8 +21,10 @@ from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
 MODULES = "_join", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.triton", "se_residual.triton"
 MODULES += "residual_normal.triton", "logistic_mixture.triton"
+MODULES += "flow_cell.triton", "power_iteration.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
+STORED |= {"h1_ptr", "da1_ptr", "da2_ptr"}
 REALS = {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
@@ -45,6 +48,8 @@ ABSENT = {  # which pointers a launcher may leave out
     "pointwise_conv_fwd_kernel": [("sums_ptr",), ("parts_ptr", "sums_ptr"), ("bn_ptr", "parts_ptr", "sums_ptr")],
     "pointwise_conv_du_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr", "parts_ptr"), ("bn_ptr", "parts_ptr")],
     "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
+    "power_iteration_sweep_kernel": [("norms_ptr",), ("norms_ptr", "shares_ptr")],
+    "power_iteration_finish_kernel": [("norms_ptr",)],
     "se_residual_sums_kernel": [("bn_ptr",), ("bn_ptr", "x_ptr")],
     "se_residual_fwd_kernel": [("bn_ptr",), (*GATE, "parts_ptr"), (*GATE, "parts_ptr", "bn_ptr")],
     "se_residual_bwd_kernel": [("bn_ptr",), GATE, (*GATE, "parts_ptr", "bn_ptr")],
@@ -58,6 +63,15 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_du_kernel": (pointwise.BACKWARD, "MKN"),
     "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
 }
+TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
+    "flow_cell": dict(PITCH=128, TILE_H=4, TILE_W=8, BLOCK_E=32, BLOCK_Z=32, BLOCK_K=32, BLOCK_T=16),
+    "flow_cell_da1": dict(num_warps=8),
+    "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
+    "power_iteration_join": dict(num_warps=8),
+    "power_iteration_finish": dict(num_warps=4),
+    "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
+}
 OTHERS = {  # than CONSTANTS say
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
     "depthwise_conv_dweight_kernel": [dict(BLOCK_T=8, BLOCK_M=8)],
@@ -69,6 +83,9 @@ ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxa
 def tiles(name: str, storage: str) -> list[dict]:
     """The constants and options that a launcher may choose, beside CONSTANTS."""
     if name not in PRODUCTS:
+        said = [values for start, values in FIXED.items() if name.startswith(start)]
+        if said:
+            return [dict(pair for values in said for pair in values.items())]
         return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), OTHERS.get(name, [{}]))
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
@@ -84,7 +101,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
     constants = (
         CONSTANTS
         | tile
-        | {"WIDE": wide}
+        | {"WIDE": wide, "STORED": TYPES[storage]}
+        | (dict(PRECISION="tf32", PIXELS=64) if storage == "bf16" else dict(PRECISION="bf16x6", PIXELS=32))
         | dict.fromkeys(absent)
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
     )
@@ -92,6 +110,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
     kinds = {}
     for n in names:
         kinds[n] = f"*{storage if n in STORED else 'fp32'}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
+        if n.endswith("_table"):
+            kinds[n] = "*i64"
         if n in ("M", "P") and wide:
             kinds[n] = "i64"
         if ones and kinds[n] == "i32":
@@ -100,7 +120,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
             kinds[n] = "constexpr"
     if "layout" in tile:
         multiples += "P", "CHUNK", *(n for n in names if n.endswith(("_b", "_c", "_z")))  # not a pixel's: 40 or 100 values
-    divisible = [i for i, n in enumerate(names) if n not in constants and (n.endswith("_ptr") or n in multiples)]
+    divisible = [i for i, n in enumerate(names) if n not in constants and (kinds[n][0] == "*" or n in multiples)]
     source = ASTSource(
         fn=kernel,
         signature=kinds,
@@ -124,6 +144,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         "arch": arch,
         "images": [] if "layout" in tile else images,
         "layout": tile.get("layout"),
+        "lists": "jobs_table" in names,
         "loads": _widths(ptx, "ld"),
         "stores": _widths(ptx, "st"),
         "local": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", said))) + ptx.count(".local"),
@@ -152,7 +173,11 @@ if __name__ == "__main__":
         for name, kernel in vars(importlib.import_module(f"nvae_fast.kernels.{module}")).items():
             if name.startswith(module.strip("_").removesuffix(".triton")) and name.endswith("_kernel"):
                 kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-                kinds = ("fp32", "fp16") if STORED & set(kernel.arg_names) else ("fp32",)
+                kinds = ("fp32", "fp16") if {*STORED, "STORED"} & set(kernel.arg_names) else ("fp32",)
+                if name.startswith("flow_cell"):  # whose products take seconds to compile
+                    rows += [compiled(name, kernel, *pair) for pair in (("fp32", 80), ("fp32", 90), ("bf16", 90))]
+                    rows.append(compiled(name, kernel, "bf16", ones=True, wide=True) | dict(ones=True, wide=True))
+                    continue
                 for storage in kinds:
                     for tile in tiles(name, storage):
                         rows += [compiled(name, kernel, storage, arch, tile=tile) for arch in (80, 90)]

@@ -26,10 +26,13 @@ OPS = {
     "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_")],
     "depthwise_conv": ["depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_"],
     "inverted_residual": [],
+    "flow_cell": ["flow_cell_fwd", "flow_cell_bwd"],
     "pointwise_conv": ["pointwise_conv_fwd", "pointwise_conv_bwd"],
+    "power_iteration": ["power_iteration_fwd", "power_iteration_bwd"],
     "se_residual": ["se_residual_fwd", "se_residual_bwd"],
     "residual_normal": ["residual_normal_fwd", "residual_normal_bwd"],
     "logistic_mixture_log_prob": ["logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd"],
+    "weight_norm": ["weight_norm_fwd", "weight_norm_bwd"],
 }
 
 

@@ -29,7 +29,7 @@ def modern_gpu(monkeypatch):
     "op",
     [
         *("bn_act", "depthwise_conv", "inverted_residual", "pointwise_conv", "se_residual"),
-        *("residual_normal", "logistic_mixture_log_prob"),
+        *("residual_normal", "logistic_mixture_log_prob", "flow_cell", "power_iteration", "weight_norm"),
     ],
 )
 def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype):
@@ -60,7 +60,8 @@ def test_noise_and_images_that_need_a_gradient_go_to_the_reference(modern_gpu):
 def test_every_schema_has_a_launcher_for_cuda():
     for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::bn_act_{name}", "CUDA")
-    for op in ("depthwise_conv", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"):
+    fused = "depthwise_conv", "pointwise_conv", "se_residual", "residual_normal", "logistic_mixture_log_prob"
+    for op in (*fused, "flow_cell", "power_iteration", "weight_norm"):
         for name in ("fwd", "bwd"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nvae_fast::{op}_{name}", "CUDA")
     assert F.bn_act.__module__ == "nvae_fast.kernels.bn_act.api"

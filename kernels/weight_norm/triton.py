@@ -1,0 +1,214 @@
+"""weight_norm on a GPU: all weights in one launch per type. A program has BLOCK_R rows of one weight and passes over them
+twice, first for their sums, then for the results, when they come from cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvae_fast.kernels import _lists
+from nvae_fast.kernels._tile import TYPES, pointer_in
+
+BLOCK_R, BLOCK_K = 2, 1024
+
+# A row of the table of items: addresses (0: none), sizes, strides of log_norm and its gradient, whether accesses may be wide.
+WEIGHT, MASK, GRAD, OUT, LOG_NORM, DLOG_NORM = (tl.constexpr(i) for i in range(6))
+ROWS, COLUMNS, FIRST_JOB, LOG_STRIDE, DLOG_STRIDE, ALIGNED = (tl.constexpr(i) for i in range(6, 12))
+FIELDS = tl.constexpr(12)
+
+
+@triton.jit
+def find_rows(jobs_table, items_table, BLOCK_R: tl.constexpr):
+    """The item of this program, and its rows."""
+    item = items_table + tl.load(jobs_table + tl.program_id(0)) * FIELDS
+    return item, (tl.program_id(0) - tl.load(item + FIRST_JOB)) * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
+def columns_of(item, STORED: tl.constexpr, WIDE: tl.constexpr):
+    columns = tl.load(item + COLUMNS).to(tl.int32)
+    if WIDE:
+        columns = tl.multiple_of(columns, 128 // STORED.primitive_bitwidth)
+    return columns
+
+
+@triton.jit
+def load_values(pointer, at, inside):
+    """As float32, 0 outside."""
+    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_mask(pointer, at, inside):
+    """1 where there is no mask."""
+    return tl.load(pointer + at, mask=inside & (pointer.to(tl.int64) != 0), other=1.0)
+
+
+@triton.jit
+def load_norm(item, r, NORM: tl.constexpr):
+    """exp(l) in float64."""
+    pointers = pointer_in(item, LOG_NORM, NORM, False) + r * tl.load(item + LOG_STRIDE)
+    log_norm = tl.load(pointers, mask=r < tl.load(item + ROWS), other=0.0).to(tl.float32)
+    return tl.exp(log_norm.to(tl.float64))
+
+
+@triton.jit
+def write_weights(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    columns, inside_rows = columns_of(item, STORED, WIDE), (r < tl.load(item + ROWS))[:, None]
+    w_ptr, mask_ptr = pointer_in(item, WEIGHT, STORED, WIDE), pointer_in(item, MASK, tl.float32, WIDE)
+    first = r[:, None] * columns
+    squares = tl.zeros([r.shape[0], BLOCK_K], tl.float32)
+    for k0 in range(0, columns, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]
+        inside = inside_rows & (k < columns)
+        x = load_values(w_ptr, first + k, inside) * load_mask(mask_ptr, first + k, inside)
+        squares += x * x
+    norm = tl.sqrt(tl.sum(squares.to(tl.float64), 1))
+    scale = (load_norm(item, r, NORM) / (norm + eps)).to(tl.float32)[:, None]
+    out_ptr = pointer_in(item, OUT, STORED, WIDE)
+    for k0 in range(0, columns, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]
+        inside = inside_rows & (k < columns)
+        x = load_values(w_ptr, first + k, inside) * load_mask(mask_ptr, first + k, inside)
+        tl.store(out_ptr + (first + k), (scale * x).to(STORED), mask=inside)
+
+
+@triton.jit
+def write_gradients(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """With the unit row h = x / n: dx = e / d ((g - h (g.h)) + h (g.h) eps / d). In a row with one element that counts the
+    first bracket is 0 but for rounding, and the second keeps its digits."""
+    columns, inside_rows = columns_of(item, STORED, WIDE), (r < tl.load(item + ROWS))[:, None]
+    w_ptr, mask_ptr = pointer_in(item, WEIGHT, STORED, WIDE), pointer_in(item, MASK, tl.float32, WIDE)
+    grad_ptr, out_ptr = pointer_in(item, GRAD, STORED, WIDE), pointer_in(item, OUT, STORED, WIDE)
+    first = r[:, None] * columns
+    squares = tl.zeros([r.shape[0], BLOCK_K], tl.float32)
+    products = tl.zeros([r.shape[0], BLOCK_K], tl.float32)
+    for k0 in range(0, columns, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]
+        inside = inside_rows & (k < columns)
+        x = load_values(w_ptr, first + k, inside) * load_mask(mask_ptr, first + k, inside)
+        squares += x * x
+        products += x * load_values(grad_ptr, first + k, inside)
+    norm, product = tl.sqrt(tl.sum(squares.to(tl.float64), 1)), tl.sum(products.to(tl.float64), 1)
+    scale = load_norm(item, r, NORM) / (norm + eps)
+    at = r * tl.load(item + DLOG_STRIDE)
+    tl.store(
+        pointer_in(item, DLOG_NORM, NORM, False) + at, (scale * product).to(tl.float32).to(NORM), mask=r < tl.load(item + ROWS)
+    )
+    divisor = tl.where(norm == 0, 1.0, norm)
+    along = tl.where(norm == 0, 0.0, product / divisor)
+    kept = (along * eps / (norm + eps)).to(tl.float32)[:, None]
+    scale, along, divisor = scale.to(tl.float32)[:, None], along.to(tl.float32)[:, None], divisor.to(tl.float32)[:, None]
+    for k0 in range(0, columns, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]
+        inside = inside_rows & (k < columns)
+        mask = load_mask(mask_ptr, first + k, inside)
+        unit = tl.div_rn(load_values(w_ptr, first + k, inside) * mask, tl.broadcast_to(divisor, mask.shape))
+        dx = scale * ((load_values(grad_ptr, first + k, inside) - unit * along) + unit * kept)
+        tl.store(out_ptr + (first + k), (dx * mask).to(STORED), mask=inside)
+
+
+@triton.jit
+def weight_norm_fwd_kernel(
+    jobs_table, items_table, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    item, r = find_rows(jobs_table, items_table, BLOCK_R)
+    if tl.load(item + ALIGNED) != 0:
+        write_weights(item, r, eps, STORED, NORM, BLOCK_K, True)
+    else:
+        write_weights(item, r, eps, STORED, NORM, BLOCK_K, False)
+
+
+@triton.jit
+def weight_norm_bwd_kernel(
+    jobs_table, items_table, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    item, r = find_rows(jobs_table, items_table, BLOCK_R)
+    if tl.load(item + ALIGNED) != 0:
+        write_gradients(item, r, eps, STORED, NORM, BLOCK_K, True)
+    else:
+        write_gradients(item, r, eps, STORED, NORM, BLOCK_K, False)
+
+
+class Item(NamedTuple):
+    """One weight: tensors whose rows are the same way in memory, and the results to be copied if they are not in place."""
+
+    weight: Tensor
+    mask: Tensor | None
+    log_norm: Tensor
+    grad: Tensor | None
+    out: Tensor
+    dlog_norm: Tensor | None
+    result: Tensor
+
+    def row(self, first_job: int) -> tuple[int, ...]:
+        tensors = self.weight, self.mask, self.grad, self.out, self.log_norm, self.dlog_norm
+        strides = (0 if t is None else t.stride(0) for t in tensors[4:])
+        addresses = (0 if t is None else t.data_ptr() for t in tensors)
+        return *addresses, *self.sizes, first_job, *strides, _lists.aligned(self.sizes[1], *tensors[:4])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        rows = self.weight.shape[0]
+        return rows, self.weight.numel() // max(rows, 1)
+
+    @property
+    def jobs(self) -> int:
+        return triton.cdiv(self.sizes[0], BLOCK_R)
+
+
+def weight_norm_fwd(
+    weights: Sequence[Tensor], log_norms: Sequence[Tensor], masks: Sequence[Tensor | None], eps: float
+) -> list[Tensor]:
+    items = [_item(i, *tensors, None) for i, tensors in enumerate(zip(weights, masks, log_norms, strict=True))]
+    _launch(weight_norm_fwd_kernel, items, eps)
+    return [item.result for item in items]
+
+
+def weight_norm_bwd(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    log_norms: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    eps: float,
+) -> list[Tensor]:
+    given = enumerate(zip(weights, masks, log_norms, grads, strict=True))
+    items = [_item(i, *tensors) for i, tensors in given if tensors[-1] is not None]
+    _launch(weight_norm_bwd_kernel, items, eps)
+    return [item.result for item in items] + [item.dlog_norm for item in items]
+
+
+def _item(i: int, weight: Tensor, mask: Tensor | None, log_norm: Tensor, grad: Tensor | None) -> Item:
+    wanted = {
+        "log_norms": (log_norm, (weight.shape[0],) + (1,) * (weight.dim() - 1), log_norm.dtype),
+        "masks": (mask, weight.shape, torch.float32),
+        "grads": (grad, weight.shape, weight.dtype),
+    }
+    for name, (t, shape, dtype) in wanted.items():
+        if t is not None and (t.shape != shape or t.dtype != dtype or t.device != weight.device):
+            expected = f"{tuple(shape)} and {dtype} on {weight.device}"
+            raise RuntimeError(f"{name}[{i}] has shape {tuple(t.shape)} and type {t.dtype} on {t.device}; expected {expected}")
+    rows, result = _lists.dense_rows(weight), torch.empty_like(weight)
+    mask, grad = (None if t is None else _lists.in_order_of(rows, t) for t in (mask, grad))
+    out = result if _lists.in_order_of(rows, result) is result else torch.empty_like(rows)
+    return Item(rows, mask, log_norm, grad, out, None if grad is None else torch.empty_like(log_norm), result)
+
+
+def _launch(kernel, items: Sequence[Item], eps: float) -> None:
+    """The kernel on items of one pair of types at a time; a model has one."""
+    for group in _lists.grouped(items, lambda item: (item.weight.dtype, item.log_norm.dtype)):
+        counts = tuple(item.jobs for item in group)
+        if not any(counts):
+            continue
+        rows = [item.row(first) for item, first in zip(group, _lists.starts(counts), strict=True)]
+        tables = (_lists.upload(values, group[0].weight.device) for values in (_lists.jobs(counts), _lists.numbers(rows)))
+        stored, norm = TYPES[group[0].weight.dtype], TYPES[group[0].log_norm.dtype]
+        kernel[(sum(counts),)](*tables, eps, STORED=stored, NORM=norm, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+    for item in items:
+        if item.out is not item.result:
+            item.result.copy_(item.out)

@@ -1,0 +1,117 @@
+"""flow_cell's Triton kernels: values and every gradient against float64, layouts, chunks, NaN, dead taps, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flow_cells import WEIGHTS, make, run, same
+
+from nvae_fast.kernels.flow_cell import flow_cell, reference
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+# B, Z, E, H, W: tails of tiles and images, a pixel, more channels than a block of k, fewer hidden channels than a tile
+CASES = [((1, 3, 18, 9, 5), kind, FLOAT) for kind in WEIGHTS]
+CASES += [((2, 5, 40, 3, 9), "masked", FLOAT), ((1, 12, 5, 2, 3), "mirrored", FLOAT), ((70, 1, 6, 1, 1), "dense", FLOAT)]
+CASES += [((2, 2, 12, 2, 5), "masked", HALF), ((2, 2, 12, 2, 5), "dense", BFLOAT)]
+
+
+def check(args, dy, within_budget):
+    exact = run([t.double() for t in args], dy.double(), "reference")
+    got = run(args, dy, "triton")
+    for a, plain, truth in zip(got, run(args, dy, "reference"), exact, strict=True):
+        within_budget(a, plain, truth, dy.dtype)
+
+
+@pytest.mark.parametrize(("shape", "kind", "dtype"), CASES, ids=str)
+def test_values_and_all_gradients(shape, kind, dtype, within_budget):
+    check(*make(*shape, dtype=dtype, kind=kind), within_budget)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 30.0])
+def test_small_and_saturated_activations_keep_their_digits(scale, within_budget):
+    args, dy = make(1, 3, 18, 5, 5, kind="dense")
+    check([args[0] * scale, *args[1:]], dy, within_budget)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+def test_float32_weights_and_an_input_of_16_bits(dtype, within_budget):
+    args, dy = make(1, 3, 18, 5, 4)
+    check([args[0].to(dtype), *args[1:]], dy.to(dtype), within_budget)
+
+
+def test_chunks_of_images_and_reruns(monkeypatch, within_budget):
+    from nvae_fast.kernels.flow_cell import triton
+
+    args, dy = make(3, 1, 6, 3, 4)
+    whole = run(args, dy, "triton")
+    assert same(whole, run(args, dy, "triton"))
+    monkeypatch.setattr(triton, "PIXELS", 32)
+    check(args, dy, within_budget)
+    monkeypatch.setattr(triton, "SCRATCH", 2 * 3 * 4 * 16)  # two images, then one
+    check(args, dy, within_budget)
+    monkeypatch.setattr(triton, "TASKS", 1)
+    monkeypatch.setattr(triton, "TASKS_IN", 1)
+    check(args, dy, within_budget)
+
+
+def test_dead_taps_have_their_gradients():
+    args, dy = make(1, 2, 12, 5, 5, kind="masked")
+    _, _, d_in, d_dw, _, _ = run(args, dy, "triton")
+    assert (d_in != 0).all() and (d_dw != 0).all()
+
+
+def test_any_strides_and_64_bit_offsets_give_the_same_bits_and_strides_stay(monkeypatch):
+    from nvae_fast.kernels.flow_cell import triton
+
+    args, dy = make(2, 3, 6, 2, 3)
+    plain = run(args, dy, "triton")
+    wide = torch.zeros(2, 6, 4, 3).contiguous(memory_format=torch.channels_last)
+    wide[:, 2:5, 1:3] = args[0]
+    for z in (wide[:, 2:5, 1:3], args[0].contiguous(memory_format=torch.channels_last), args[0].mT.contiguous().mT):
+        got = run([z, *args[1:]], dy, "triton")
+        assert same(plain, got) and got[0].stride() == got[1].stride() == torch.empty_like(z).stride()
+    weights = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in args[1:4]]
+    bias = torch.stack([args[4], args[4]], 1)[:, 0]
+    assert same(plain, run([args[0], *weights, bias], dy.contiguous(memory_format=torch.channels_last), "triton"))
+    one = torch.ones(()).expand_as(dy)
+    assert same(run(args, one, "triton"), run(args, one.contiguous(), "triton"))
+    ordinary = triton._plan
+    monkeypatch.setattr(triton, "_plan", lambda *t: (p := ordinary(*t))._replace(shared=p.shared | {"WIDE": True}))
+    assert same(plain, run(args, dy, "triton"))
+
+
+def test_an_empty_batch_has_zero_gradients():
+    args, dy = make(0, 2, 12, 5, 5)
+    y, dz, *gradients = run(args, dy, "triton")
+    assert y.shape == dz.shape == (0, 2, 5, 5)
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(gradients, args[1:], strict=True))
+
+
+def test_nan_and_infinity_stay_where_pytorch_has_them():
+    for value in (float("nan"), float("inf")):
+        args, _ = make(2, 3, 18, 7, 7, kind="dense")
+        args[0][1, 2, 0, 4] = value
+        got, expected = flow_cell(*args, impl="triton"), reference.flow_cell(*args)
+        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+        assert got.isfinite().any() and not got.isfinite().all()
+
+
+def test_nan_goes_nowhere_through_dead_taps():
+    args, dy = make(1, 3, 18, 7, 7, kind="masked")
+    moved = [args[0].clone(), *args[1:]]
+    moved[0][0, 0, 3, 3] += 1
+    depends = (reference.flow_cell(*args) != reference.flow_cell(*moved)).any(1)
+    args[0][0, 0, 3, 3] = float("nan")
+    y, *gradients = run(args, dy, "triton")
+    assert torch.equal(y.isnan().any(1), depends) and y.isnan().any() and not y.isnan().all()
+    assert all(g.isnan().any() for g in gradients[:4]) and gradients[4].isfinite().all()
+
+
+def test_wrong_arguments():
+    args, dy = make(1, 2, 12, 3, 3)
+    with pytest.raises(RuntimeError, match=r"w_dw has shape \(12, 1, 3, 3\) .*expected \(12, 1, 5, 5\) of float32") as caught:
+        torch.ops.nvae_fast.flow_cell_fwd(*args[:2], args[2][..., 1:4, 1:4], *args[3:])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"dy has shape \(1, 2, 3, 2\)"):
+        torch.ops.nvae_fast.flow_cell_bwd(dy[..., 1:], *args)
