@@ -17,12 +17,13 @@ DEV    := $(VENV)/.dev
 # Requirements as pyproject.toml lists them.
 LIST    = $(BIN)/python -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))'
 
-.PHONY: help install demo test gpu lint clean
+.PHONY: help install demo test soak gpu lint clean
 
 help:
 	@echo "make install   $(VENV) with torch, the package (editable) and its native extension"
 	@echo "make demo      install, then train, evaluate and sample the demo preset on the bundled images into $(RUN)"
 	@echo "make test      install, then everything that CI runs: ruff and all tests"
+	@echo "make soak      install, then kill a small training run 50 times and compare it with one that was left alone"
 	@echo "make gpu COMMIT=id   on a machine with an NVIDIA GPU and nvcc: build, check and measure; no network, no git"
 	@echo "make lint      ruff only"
 	@echo "make clean     remove build products; $(VENV) and runs/ stay"
@@ -43,6 +44,9 @@ gpu:
 
 test: lint
 	@set -e; export OMP_NUM_THREADS=1; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done
+
+soak: install $(DEV)
+	OMP_NUM_THREADS=1 NVAE_FAST_KILLS=50 $(BIN)/pytest $(PYTEST_ARGS) -s tests/training/test_signals.py -k random_moments
 
 lint: install $(DEV)
 	$(BIN)/ruff check .

@@ -36,7 +36,9 @@ class TrainConfig:
 
     Rates are per step, `weight_decay` is L2 on every parameter, `weight_decay_norm` (lambda) weighs the spectral and the BN
     regulariser, `kl_*_portion` are shares of all training steps. `data` names what to read (`--data`), `dataset` how to read it
-    (None: guess). `binarize` draws binary pixels afresh at every access, `flip` mirrors horizontally with probability 1/2.
+    (None: guess). `binarize` draws binary pixels afresh at every access, `flip` mirrors horizontally with probability 1/2. A
+    batch goes through the model in `accumulate` parts; gradients are scaled down to the norm `max_grad_norm` (0: left
+    alone). With an `ema_decay` above 0 the weights are averaged, ema <- d ema + (1 - d) weight at every step, too.
     """
 
     epochs: int = 200
@@ -58,9 +60,12 @@ class TrainConfig:
     dataset: str | None = None
     binarize: bool = False
     flip: bool = False
+    accumulate: int = 1
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "at least 0")
         if self.epochs <= self.warmup_epochs + 1:
@@ -70,11 +75,21 @@ class TrainConfig:
             )
         for name in ("learning_rate", "adamax_eps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("learning_rate_min", "weight_decay", "weight_decay_norm", "kl_anneal_portion", "kl_const_portion"):
+        for name in (
+            "max_grad_norm",
+            "learning_rate_min",
+            "weight_decay",
+            "weight_decay_norm",
+            "kl_anneal_portion",
+            "kl_const_portion",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.weight_decay_norm_anneal:
             for name in ("weight_decay_norm", "weight_decay_norm_init"):
                 _require(getattr(self, name) > 0, name, getattr(self, name), "above 0 when annealed")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"accumulate={self.accumulate} must divide batch_size={self.batch_size} into equal parts")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (no average) or above, and below 1")
         if self.kl_balance not in KL_BALANCES:
             raise unknown("KL balance", self.kl_balance, KL_BALANCES)
 

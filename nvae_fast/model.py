@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,13 +213,15 @@ class NVAE(nn.Module):
                                     num_mixtures=c.num_mixture_dec, num_bits=c.num_x_bits, compat=c.compat)  # fmt: skip
 
     def loss(self, x: Tensor, *, kl_coeff: float | Tensor = 1.0, spectral_coeff: float | Tensor = 0.0,
-             noise: Sequence[Tensor] | None = None, spectral: SpectralState | None = None) -> dict[str, Tensor]:  # fmt: skip
+             noise: Sequence[Tensor] | None = None, spectral: SpectralState | None = None,
+             reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:  # fmt: skip
         """Every term of the training objective by name (nats; B images, N groups).
 
         total = mean_B(recon + balanced_kl) + spectral_coeff * (spectral + bn). `recon` [B] is -log p(x|z), `kl` [B] the plain
         sum over groups, `balanced_kl` [B] = kl_coeff * sum_i gamma_i kl_i with gamma = `kl_coeffs` [N] (all 1 in eval mode or
         once kl_coeff is 1), `kl_all` [N, B]. `spectral` is the sum of all convolutions' largest singular values as tracked by
-        the SpectralState (a fresh one if None), `bn` the BN regulariser; both are 0 while spectral_coeff is 0.
+        the SpectralState (a fresh one if None), `bn` the BN regulariser; both are 0 while spectral_coeff is 0. `reduce` joins
+        the mean KL of every group over processes, for the balancing (`objective.balance_kl`).
         """
         c = self.config
         with shared_effective_weights(self.convolutions()):
@@ -231,7 +233,11 @@ class NVAE(nn.Module):
         dist = self.decoder_output(out.logits)
         recon = reconstruction_loss(dist, reduce_bits(x, c.num_x_bits), c.padding)
         balanced, gamma = balance_kl(
-            out.kl_all, kl_coeff, kl_alpha(c.groups_per_scale, c.training.kl_balance), balance=self.training
+            out.kl_all,
+            kl_coeff,
+            kl_alpha(c.groups_per_scale, c.training.kl_balance),
+            balance=self.training,
+            reduce=reduce,
         )
         total = (recon + balanced).mean() + spectral_coeff * (sr + bn)
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,20 +37,23 @@ def kl_alpha(groups_per_scale: Sequence[int], schedule: str = "square") -> list[
 
 
 def balance_kl(
-    kl_all: Tensor, kl_coeff: float | Tensor, alpha: Sequence[float], *, balance: bool = True
-) -> tuple[Tensor, Tensor]:
+    kl_all: Tensor, kl_coeff: float | Tensor, alpha: Sequence[float], *, balance: bool = True,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(kl_coeff * sum_i gamma_i kl_i per image [B], gamma [N]) for kl_all [N, B].
 
     gamma_i is (mean_batch |kl_i| + 0.01) / alpha_i over its mean, without gradient: groups far from their share are pushed
     less. All ones once kl_coeff reaches 1, or without `balance`. A kl_coeff that is a tensor (a float32 scalar) gives the bits
-    that its number gives.
+    that its number gives. `reduce` turns this process's means [N] into those of the joined batch of several (None: they are
+    those of the batch).
     """
     gamma = torch.ones_like(kl_all[:, 0])
     scheduled = isinstance(kl_coeff, Tensor)
     if balance and (scheduled or kl_coeff < 1):
         key = (tuple(alpha), kl_all.dtype)
         shares = constant(key, kl_all, lambda: torch.tensor(alpha, dtype=kl_all.dtype))
-        balanced = (kl_all.detach().abs().mean(1) + 0.01) / shares
+        mean = kl_all.detach().abs().mean(1)
+        balanced = ((mean if reduce is None else reduce(mean)) + 0.01) / shares
         balanced = balanced / balanced.mean()
         gamma = torch.where(kl_coeff < 1, balanced, gamma) if scheduled else balanced
     return kl_coeff * (gamma[:, None] * kl_all).sum(0), gamma

@@ -11,6 +11,7 @@ from nvae_fast.cli import (
     bench,
     convert,
     decode,
+    doctor,
     encode,
     env,
     estimate,
@@ -39,6 +40,7 @@ MODULES = (  # in the order of --help
     prepare,
     convert,
     estimate,
+    doctor,
     bench,
     env,
 )
@@ -65,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nvae_fast.training.signals import Interrupted
 
     try:
-        args = build_parser().parse_args(underscored(sys.argv[1:] if argv is None else argv))
-        COMMANDS[args.command].run(args)
+        argv = underscored(sys.argv[1:] if argv is None else argv)
+        args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
+        return COMMANDS[args.command].run(args) or 0
     except InputError as error:
         return _fail(error, 2)
     except RunError as error:
@@ -75,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{stop}; state saved, continue with --resume auto", stop.exit_code)
     except KeyboardInterrupt:
         return _fail("stopped by SIGINT", 130)
-    return 0
 
 
 def _fail(message: object, code: int) -> int:

@@ -42,7 +42,7 @@ HELP = {
     "compat": "nvlabs: the public code's likelihood and temperature quirks; fixed: without them",
     "epochs": "passes over the training images",
     "warmup_epochs": "epochs of rising learning rate",
-    "batch_size": "images per step",
+    "batch_size": "images per step and process",
     "learning_rate": "peak rate",
     "learning_rate_min": "rate of the last epoch",
     "weight_decay": "L2 on every parameter",
@@ -57,6 +57,9 @@ HELP = {
     "seed": "of weights, order, noise and splits",
     "binarize": "draw binary pixels at every access",
     "flip": "mirror half of the training images",
+    "accumulate": "parts that a batch is cut into to save memory; BN and KL balancing then see a part at a time",
+    "ema_decay": "average the weights with this decay, for validation, evaluation and samples; 0: do not",
+    "max_grad_norm": "scale gradients of a larger norm down to this; 0: never",
 }
 """One line for every field of the configuration that has a flag."""
 

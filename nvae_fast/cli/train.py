@@ -2,15 +2,18 @@
 
 Without any flag: the `demo` preset on its bundled images. With flags of the public NVAE code and no --preset, its defaults
 hold, --data is a folder read as --dataset says, and the output goes to <root>/eval-<save>. Else it goes to --out.
+
+Several processes, one per GPU (or several on a CPU): torchrun --nproc_per_node N -m nvae_fast.cli train ..., or
+--num_process_per_node N. --batch_size is that of each, batch norms are joined.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvae_fast.cli.flags import (
     MODEL_FIELDS,
@@ -29,9 +32,18 @@ from nvae_fast.data import DATASETS
 from nvae_fast.errors import InputError, unknown
 from nvae_fast.presets import PRESETS
 
+if TYPE_CHECKING:
+    from nvae_fast.training.distributed import Processes
+
 NAME = "train"
 OWN = {"likelihood", "padding", "compat"}  # fields of the model that are no flags of the public code
-PROCESSES = {"num_proc_node": 1, "node_rank": 0, "num_process_per_node": 1, "local_rank": 0, "global_rank": 0}
+PROCESSES = {  # flags of the public code: default, meaning
+    "num_process_per_node": (1, "processes on this machine, one per GPU; torchrun does the same [1]"),
+    "num_proc_node": (1, "machines; start the command on each of them [1]"),
+    "node_rank": (0, "which of them this is, from 0 [0]"),
+    "local_rank": (None, "set by what starts the processes"),
+    "global_rank": (None, "set by what starts the processes"),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +55,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", nargs="?", const="auto", help="auto: go on in --out if it holds a run; or a checkpoint folder")
     run.add_argument("--log_every", type=int, default=10, help="steps between lines of metrics.jsonl [10]")
     run.add_argument("--valid_samples", type=int, default=1, help="importance samples in validations [1]")
+    run.add_argument("--save_every", type=int, default=0, help="steps between checkpoints within an epoch [0: at its end only]")
+    run.add_argument("--keep", type=int, default=1, help="newest checkpoints that stay, beside the best one [1]")
+    skipped = "steps skipped in a row for non-finite values before the run goes back to its last checkpoint [10]"
+    run.add_argument("--max_skipped", type=int, default=10, help=skipped)
     run.add_argument("--images", action=OnOff, default=True, help="write grids of samples and reconstructions [on]")
     run.add_argument("--bar", action=OnOff, default=True, help="show a progress bar [on]")
     add_device_flag(run)
-    run.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="[auto: bf16 on GPUs, else fp32]")
+    run.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="[auto: bf16 on GPUs, else fp32]"
+    )
+    run.add_argument("--graph", action=OnOff, default=None, help="replay the step as one CUDA graph [on one GPU: on]")
     memory = "what cells keep for backward; low keeps least and computes most again [balanced]"
     run.add_argument("--memory", default="balanced", choices=("fast", "balanced", "low"), help=memory)
     add_config_flags(parser)
@@ -55,9 +74,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     public.add_argument("--save", help="id of the run: output goes to <root>/eval-<save>")
     public.add_argument("--cont_training", action=OnOff, default=False, help="the same as --resume auto")
     public.add_argument("--fast_adamax", action=OnOff, default=None, help="accepted: the multi-tensor Adamax is always used")
-    public.add_argument("--master_address", help="accepted: there is one process")
-    for name, value in PROCESSES.items():
-        public.add_argument(f"--{name}", type=int, default=None, help=f"only {value}: there is one process")
+    public.add_argument("--master_address", help="of the machine with --node_rank 0; its port 6020 must be free")
+    for name, (default, text) in PROCESSES.items():
+        public.add_argument(f"--{name}", type=int, default=default, help=text)
 
 
 def build_config(args: argparse.Namespace) -> tuple[NVAEConfig, bool]:
@@ -97,43 +116,74 @@ def output_folder(args: argparse.Namespace, config: NVAEConfig) -> Path:
     return Path("runs") / config.name
 
 
-def run(args: argparse.Namespace) -> None:
-    for name, value in PROCESSES.items():
-        if getattr(args, name) not in (None, value):
-            raise InputError(f"--{name}={getattr(args, name)}: this version trains in one process; leave it at {value}")
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise InputError(f"one of {os.environ['WORLD_SIZE']} processes: this version trains in one; start it without torchrun")
-    require_at_least_1(args, "log_every", "valid_samples")
+def run(args: argparse.Namespace) -> int | None:
+    require_at_least_1(args, "log_every", "valid_samples", "keep", "max_skipped")
     config, fit = build_config(args)
+    count, nodes, node = machines(args)
+    from nvae_fast.training.distributed import environment, joined
+
+    if count * nodes > 1 and environment() is None:
+        from nvae_fast.training.launch import launch
+
+        return launch(args.argv, processes=count, nodes=nodes, node=node, address=args.master_address or "127.0.0.1")
+    with joined(device_of(args)) as processes:
+        train(args, config, fit, processes)
+    return None
+
+
+def machines(args: argparse.Namespace) -> tuple[int, int, int]:
+    """(processes on this machine, machines, which of them this is) as the flags of the public code say."""
+    count, nodes, node = args.num_process_per_node, args.num_proc_node, args.node_rank
+    require_at_least_1(args, "num_process_per_node", "num_proc_node")
+    if not 0 <= node < nodes:
+        raise InputError(f"--node_rank={node}: expected 0 to {nodes - 1}, below --num_proc_node={nodes}")
+    if nodes > 1 and args.master_address is None:
+        raise InputError(f"--num_proc_node={nodes} without --master_address: give the address of the machine of --node_rank 0")
+    for name in ("local_rank", "global_rank"):
+        if getattr(args, name):
+            raise InputError(
+                f"--{name}={getattr(args, name)}: ranks are set by torchrun or --num_process_per_node; leave it away"
+            )
+    return count, nodes, node
+
+
+def train(args: argparse.Namespace, config: NVAEConfig, fit: bool, processes: Processes) -> None:
+    """The run of one process; the first one says what it is about and how it ended."""
     from nvae_fast.training import Trainer
     from nvae_fast.training.data import check_data, fit_to_data, open_split
     from nvae_fast.training.loop import Options
 
-    device = device_of(args)
+    device = processes.device
     precision = precision_of(args, device)
-    train, valid = (open_split(config, split, **data_options(args)) for split in ("train", "valid"))
+    images, valid = (open_split(config, split, **data_options(args)) for split in ("train", "valid"))
     if fit:
-        config = fit_to_data(config, train, {k for k in ("padding", "binarize") if getattr(args, k) is not None})
+        config = fit_to_data(config, images, {k for k in ("padding", "binarize") if getattr(args, k) is not None})
     check_data(config, valid)
     options = Options(
         out=output_folder(args, config), device=device, precision=precision, workers=args.workers, log_every=args.log_every,
         resume=args.resume or ("auto" if args.cont_training else None), valid_samples=args.valid_samples, images=args.images,
-        bar=args.bar, memory=args.memory,
+        bar=args.bar, memory=args.memory, save_every=args.save_every, keep=args.keep, max_skipped=args.max_skipped,
+        graph=device.type == "cuda" and processes.size == 1 if args.graph is None else args.graph,
     )  # fmt: skip
-    trainer = Trainer(config, train, valid, options)
+    trainer = Trainer(config, images, valid, options, processes)
+
+    def say(text: str) -> None:
+        if processes.main:
+            print(text, file=sys.stderr)
+
     size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     height, width = config.data_size
-    print(
+    where = f"{device}" if processes.size == 1 else f"{processes.size} processes on {device.type}"
+    say(
         f"{config.name}: {size:.2f} M parameters, {len(config.latent_shapes)} latent groups, {config.output_likelihood} "
-        f"likelihood, {len(train)} + {len(valid)} images of {config.channels}x{height}x{width} ('{train.name}'), {device}, "
-        f"{precision}, into {options.out}",
-        file=sys.stderr,
+        f"likelihood, {len(images)} + {len(valid)} images of {config.channels}x{height}x{width} ('{images.name}'), {where}, "
+        f"{precision}, into {options.out}"
     )
     if trainer.progress.step:
-        print(f"resumed at step {trainer.progress.step} of {trainer.total_steps}", file=sys.stderr)
+        say(f"resumed at step {trainer.progress.step} of {trainer.total_steps}")
     result = trainer.run()
     if result is not None:
         unit = f"{result.nelbo:.2f} nats ({result.nelbo_bpd:.3f} bits/dim)"
-        print(f"done: validation -ELBO {unit}; see {options.out}/samples and {options.out}/metrics.jsonl", file=sys.stderr)
+        say(f"done: validation -ELBO {unit}; see {options.out}/samples and {options.out}/metrics.jsonl")
     else:
-        print(f"done before: all {config.training.epochs} epochs are trained; see {options.out}", file=sys.stderr)
+        say(f"done before: all {config.training.epochs} epochs are trained; see {options.out}")

@@ -98,6 +98,18 @@ class RunLog:
                 threading.excepthook = self._hook
 
 
+class NoLog:
+    """What the processes write that are not the first one: nothing."""
+
+    def write(self, **values: Any) -> None: ...
+
+    def advance(self, images: int, **shown: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _tensorboard(folder: Path, step: int):
     try:
         module = importlib.import_module("torch.utils.tensorboard")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,50 +18,83 @@ from nvae_fast.checkpoint.native import MODEL, TRAINING, load_training, load_wei
 from nvae_fast.errors import InputError
 from nvae_fast.model import NVAE
 from nvae_fast.optim import make_optimizer
-from nvae_fast.regularization import SpectralState
+from nvae_fast.training.distributed import Processes
+from nvae_fast.training.step import TrainingStep
 
 MOMENTS = ("step", "exp_avg", "exp_inf", "ema")  # the last where the optimiser averages the weights
 
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, the epoch it is in, batches done in it, their summed loss, the best validation."""
+    """Where a run stands: steps done, the epoch it is in, batches done in it, the best validation, how often it was rolled
+    back."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    loss_sum: float = 0.0
     best: float | None = None
+    rollbacks: int = 0
 
 
-def training_state(model: NVAE, optimizer: torch.optim.Optimizer, spectral: SpectralState, progress: Progress):
-    """(tensors, JSON values) of everything but the weights: moments, singular vectors, random state, position."""
-    tensors: dict[str, Tensor] = {f"spectral/{k}": v for k, v in spectral.state_dict().items()}
-    for name, p in model.named_parameters():
-        for moment, value in optimizer.state.get(p, {}).items():
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that a process on `device` draws from, by name."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put the generators where `random_state` found them."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def training_state(step: TrainingStep, progress: Progress, loss: Tensor, processes: Processes):
+    """(tensors, JSON values) of everything but the weights: moments, averaged weights, singular vectors, counts of skipped
+    steps, loss scale, position; and by process the random state and `loss`, the sum and the number of this epoch's losses.
+    All processes call it, what it returns to the first one counts."""
+    own = processes.gather({f"random/{k}": t for k, t in random_state(loss.device).items()} | {"loss": loss.cpu()})
+    tensors = {k: torch.stack([states[k] for states in own]) for k in own[0]}
+    tensors |= {f"spectral/{k}": v for k, v in step.spectral.state_dict().items()}
+    tensors |= {f"step/{k}": v for k, v in step.state_dict().items()}
+    for name, p in step.model.named_parameters():
+        for moment, value in step.optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{moment}/{name}"] = torch.as_tensor(value)
-    tensors["random/cpu"] = torch.get_rng_state()
-    if model.prior_ftr0.is_cuda:
-        tensors["random/cuda"] = torch.cuda.get_rng_state(model.prior_ftr0.device)
-    return tensors, {"progress": dataclasses.asdict(progress), "torch": torch.__version__}
+    return tensors, {"progress": dataclasses.asdict(progress), "processes": processes.size, "torch": torch.__version__}
 
 
-def restore(folder: Path, model: NVAE, optimizer: torch.optim.Optimizer, spectral: SpectralState) -> Progress:
-    """Put model, optimiser, singular vectors and random state where the checkpoint in `folder` left them."""
-    load_weights(model, folder)
+def restore(folder: Path, step: TrainingStep, loss: Tensor, processes: Processes) -> Progress:
+    """Put all that `step` trains and moves along, `loss` and the random state where the checkpoint in `folder` left them.
+
+    With another number of processes than it was saved by, each goes on from a random state of its own, drawn from that of the
+    first one, and from the mean loss.
+    """
+    load_weights(step.model, folder)
     tensors, meta = load_training(folder)
-    _fill_optimizer(optimizer, model, tensors)
-    device = model.prior_ftr0.device
-    spectral.load_state_dict(
-        {k.removeprefix("spectral/"): t.to(device) for k, t in tensors.items() if k.startswith("spectral/")}
-    )
+    _fill_optimizer(step.optimizer, step.model, tensors)
+    step.spectral.load_state_dict({k: t.to(loss.device) for k, t in _below("spectral/", tensors).items()})
     try:
-        torch.set_rng_state(tensors["random/cpu"])
-    except (KeyError, RuntimeError) as error:
+        step.load_state_dict(_below("step/", tensors))
+        saved = _below("random/", tensors)
+        same = len(saved["cpu"]) == processes.size
+        set_random_state({k: t[processes.rank if same else 0].clone() for k, t in saved.items()}, loss.device)
+        loss.copy_(tensors["loss"][processes.rank] if same else tensors["loss"].mean(0))
+    except (KeyError, IndexError, RuntimeError) as error:
         raise InputError(f"the random state in '{folder}' is damaged ({error}): resume from another checkpoint") from None
-    if "random/cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"], device)
+    if not same:
+        seed_process(int(torch.randint(2**62, ())), processes.rank)
     return _progress(folder, meta)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def seed_process(seed: int, rank: int) -> None:
+    """Random numbers that differ from process to process and do so again in another run."""
+    torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def load_optimizer(folder: Path, model: NVAE) -> tuple[torch.optim.Optimizer, Progress]:
@@ -75,7 +110,8 @@ def load_optimizer(folder: Path, model: NVAE) -> tuple[torch.optim.Optimizer, Pr
 def _progress(folder: Path, meta: dict[str, Any]) -> Progress:
     try:
         progress = Progress(**meta["progress"])
-        if not all(isinstance(n, int) and n >= 0 for n in (progress.step, progress.epoch, progress.batch)):
+        counts = (value for name, value in vars(progress).items() if name != "best")
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise TypeError(f"{progress}")
         return progress
     except (KeyError, TypeError) as error:
@@ -88,7 +124,7 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, model: NVAE, tensors: dict
     named_parameters = list(model.named_parameters())
     for i, (name, p) in enumerate(named_parameters):
         if f"optimizer/step/{name}" in tensors:
-            state[i] = {m: p for m in MOMENTS if m != "ema" or f"optimizer/ema/{name}" in tensors} | {"step": torch.zeros(())}
+            state[i] = {m: p for m in MOMENTS if m != "ema" or f"optimizer/{m}/{name}" in tensors} | {"step": torch.zeros(())}
             expected |= {f"optimizer/{m}/{name}": like for m, like in state[i].items()}
     check_keys(expected, {k: t for k, t in tensors.items() if k.startswith("optimizer/")})
     for i, (name, _) in enumerate(named_parameters):
@@ -100,11 +136,12 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, model: NVAE, tensors: dict
 class Checkpoints:
     """The folder `checkpoints` of a run: one folder per save; the text files `latest` and `best` name one each.
 
-    Only those two are kept. A kill at any moment leaves `latest` naming a whole checkpoint.
+    Those two are kept, and of the others the newest, `keep` in all with `latest`. A kill at any moment leaves `latest` naming
+    a whole checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self.folder, self.keep = folder, keep
 
     def latest(self) -> Path | None:
         """The newest checkpoint, if there is one."""
@@ -131,10 +168,27 @@ class Checkpoints:
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove the checkpoints that no name points to, and what a kill left unfinished."""
-        keep = {named(self.folder, "best"), named(self.folder, "latest")}
-        for old in [*self.folder.glob("step-*"), *self.folder.glob(".*.tmp")]:
-            if old.is_file():
-                old.unlink(missing_ok=True)
-            elif old not in keep:
-                shutil.rmtree(old, ignore_errors=True)
+        """Remove the checkpoints that are not kept, and what a kill left unfinished.
+
+        One newer than `latest` was written by a save that a kill cut short, and is no part of what the run goes on with.
+        """
+        latest = named(self.folder, "latest")
+        keep = {named(self.folder, "best"), latest}
+        if latest is not None:
+            before = [old for old in self.folder.glob("step-*") if _order(old) < _order(latest)]
+            keep |= set(sorted(before, key=_order)[len(before) - min(self.keep - 1, len(before)) :])
+        for old in set(self.folder.glob("step-*")) - keep:
+            hidden = old.with_name(f".{old.name}.tmp")  # first: a kill must not leave a checkpoint that lacks some files
+            shutil.rmtree(hidden, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.replace(old, hidden)
+        for left in self.folder.glob(".*.tmp"):
+            if left.is_file():
+                left.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _order(folder: Path) -> tuple[int, ...]:
+    """(step, repetition) of a checkpoint folder, by which they follow one another."""
+    return tuple(int(number) for number in folder.name.split("-")[1:])

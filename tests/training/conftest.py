@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from real_processes import Processes
 from safetensors.torch import load_file
 
 from nvae_fast import NVAE, NVAEConfig
@@ -196,88 +194,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not caught"))
     yield lambda at: wanted.__setitem__(0, at)
     signal.signal(signal.SIGTERM, before)
-
-
-_SERVER = """
-import importlib, json, os, resource, signal, sys
-import torch._dynamo
-import nvae_fast.cli, nvae_fast.training, nvae_fast.evaluation
-try:
-    import torch.utils.tensorboard
-except ImportError:
-    pass
-
-def die_at(count):  # SIGKILL before the count-th step of putting a file in its place
-    calls = iter(range(1, 10**9))
-    def dying(function):
-        def call(*args, **kwargs):
-            if next(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return call
-    for name in ("fsync", "replace", "rmdir", "unlink"):
-        setattr(os, name, dying(getattr(os, name)))
-
-for line in sys.stdin:
-    job = json.loads(line)
-    reading, writing = os.pipe()  # stderr: not a file, for which file_limit would hold, too
-    pid = os.fork()
-    if not pid:
-        os.dup2(writing, 2)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if job["die_at"]:
-            die_at(job["die_at"])
-        if job["file_limit"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
-        code = nvae_fast.cli.main(job["argv"])
-        sys.stderr.flush()
-        os._exit(code)  # taking torch down takes seconds
-    os.close(writing)
-    print(pid, flush=True)
-    with open(reading, "rb") as stream, open(job["err"], "wb") as err:
-        err.write(stream.read())
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Processes:
-    """Real processes without the seconds that importing torch takes: forks of one that has imported it and nothing else."""
-
-    def __init__(self, folder: Path) -> None:
-        self.err = folder / "stderr"
-        self._answers = b""
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def start(self, *argv: object, die_at: int = 0, file_limit: int = 0) -> int:
-        """The id of a new process that runs the command."""
-        job = {"argv": [str(a) for a in argv], "err": str(self.err), "die_at": die_at, "file_limit": file_limit}
-        self._server.stdin.write(json.dumps(job).encode() + b"\n")
-        self._server.stdin.flush()
-        return int(self._answer())
-
-    def wait(self) -> tuple[int, str]:
-        """Exit code (negative: a signal) and stderr of the process that was started last."""
-        return int(self._answer()), self.err.read_text()
-
-    def run(self, *argv: object, **options: int) -> tuple[int, str]:
-        self.start(*argv, **options)
-        return self.wait()
-
-    def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
-
-    def _answer(self) -> str:
-        while b"\n" not in self._answers:
-            ready, _, _ = select.select([self._server.stdout], [], [], 120)
-            assert ready, "no answer in two minutes"
-            self._answers += os.read(self._server.stdout.fileno(), 4096) or pytest.fail("the server of processes died")
-        line, _, self._answers = self._answers.partition(b"\n")
-        return line.decode()
 
 
 @pytest.fixture(scope="session")

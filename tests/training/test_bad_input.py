@@ -145,7 +145,13 @@ def test_a_run_that_is_not_there(refuse, tmp_path):
         (["--arch_instance", "res_mbconv5"], ["unknown architecture", "res_mbconv"]),
         (["--num_postprocess_blocks", 2], ["num_postprocess_blocks=2 must be equal"]),
         (["--num_x_bits", 9], ["num_x_bits=9 must be 1 to 8"]),
-        (["--num_process_per_node", 8], ["--num_process_per_node=8", "one process"]),
+        (["--num_process_per_node", 0], ["--num_process_per_node=0 must be at least 1"]),
+        (["--node_rank", 2], ["--node_rank=2: expected 0 to 0"]),
+        (["--num_proc_node", 2], ["--num_proc_node=2 without --master_address"]),
+        (["--local_rank", 1], ["--local_rank=1: ranks are set by torchrun"]),
+        (["--keep", 0], ["--keep=0 must be at least 1"]),
+        (["--accumulate", 0], ["accumulate=0 must be at least 1"]),
+        (["--max_grad_norm", -1], ["max_grad_norm=-1.0 must be at least 0"]),
         (["--likelihood", "gauss"], ["unknown likelihood 'gauss'"]),
     ],
 )
@@ -200,7 +206,7 @@ def test_no_gpu(refuse, refused, finished):
 
 def test_several_processes(refuse, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse(["one of 2 processes", "without torchrun"])
+    refuse(["WORLD_SIZE=2 without RANK in the environment", "torchrun"])
 
 
 def test_no_command(refused):

@@ -8,8 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from nvae_fast.training import Trainer
+from nvae_fast.training import Trainer, loop
 
 
 def test_one_seed_one_run(train, finished, tmp_path, metrics, same_run):
@@ -46,21 +47,21 @@ def test_stopped_after_every_step(train, finished, tmp_path, same_run, stop_at):
 
 
 def test_stopped_in_a_validation(train, finished, tmp_path, metrics, same_run, monkeypatch):
-    run, validate = tmp_path / "run", Trainer._validate
+    run, validate = tmp_path / "run", loop.validate
 
-    def stopped(self, *args):
-        self.stop.received = signal.SIGINT
-        return validate(self, *args)
+    def stopped(trainer, *args):
+        trainer.stop.received = signal.SIGINT
+        return validate(trainer, *args)
 
-    monkeypatch.setattr(Trainer, "_validate", stopped)
+    monkeypatch.setattr(loop, "validate", stopped)
     assert train(run).code == 130
     assert [line["event"] for line in metrics(run)] == 3 * ["train"]
 
-    def killed(self, *args):  # after the line of the validation, before its checkpoint
-        validate(self, *args)
+    def killed(*args):  # after the line of the validation, before its checkpoint
+        validate(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_validate", killed)
+    monkeypatch.setattr(loop, "validate", killed)
     assert train(run, "--resume").code == 130
     monkeypatch.undo()
     assert train(run, "--resume").code == 0
@@ -128,20 +129,28 @@ def test_data_dependent_init(train, tmp_path, same_run, stop_at, metrics):
     assert metrics(tmp_path / "run")[0]["bn"] == 0  # no BN in these cells
 
 
-@pytest.mark.parametrize("poison", ["loss", "weights"])
-def test_a_diverged_run_keeps_its_last_good_checkpoint(train, tmp_path, latest, monkeypatch, poison, cli):
-    step = Trainer._step
+@pytest.mark.parametrize(
+    "flags", [("--ema_decay", 0.8, "--max_grad_norm", 30, "--save_every", 2, "--keep", 3), ("--accumulate", 2)]
+)
+def test_what_else_a_run_carries(train, tmp_path, same_run, stop_at, metrics, latest, flags):
+    assert train(tmp_path / "whole", *flags).code == 0
+    for step in (2, 7):
+        stop_at(step)
+        assert train(tmp_path / "run", *flags, "--resume").code == 143
+    stop_at(None)
+    assert train(tmp_path / "run", *flags, "--resume").code == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    names = load_file(latest(tmp_path / "run") / "training.safetensors").keys()
+    assert any(name.startswith("optimizer/ema/") for name in names) == ("--ema_decay" in flags)
+    if "--keep" in flags:
+        kept = sorted(p.name for p in (tmp_path / "whole" / "checkpoints").glob("step-*"))
+        assert set(kept) >= {"step-00000006", "step-00000008", "step-00000009"} and len(kept) <= 4
+        norms = [line["grad_norm"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+        assert max(norms) > 30  # before clipping: it did something
 
-    def poisoned(self, x):
-        if self.progress.step == 3 and poison == "loss":
-            next(self.model.parameters()).data.fill_(float("nan"))
-        step(self, x)
-        if self.progress.step == 6 and poison == "weights":  # in the last step before a checkpoint
-            next(self.model.parameters()).data.fill_(float("inf"))
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
-    result = train(tmp_path / "run")
-    assert result.code == 1 and "Traceback" not in result.err
-    assert "the last checkpoint stands: raise --weight_decay_norm or lower --learning_rate" in result.err.splitlines()[-1]
-    assert latest(tmp_path / "run").name == "step-00000003"
-    assert cli("sample", tmp_path / "run", "-n", 1, "--out", tmp_path / "x.png").code == 0
+def test_averaged_weights_validate_the_run_and_do_not_disturb_it(train, finished, tmp_path, metrics):
+    assert train(tmp_path / "run", "--ema_decay", 0.9).code == 0
+    ours, plain = metrics(tmp_path / "run"), metrics(finished)
+    events = zip(ours, plain, strict=True)
+    assert all((a == b) == (a["event"] == "train") for a, b in events)

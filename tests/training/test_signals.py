@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,20 +82,38 @@ def test_killed_while_putting_files_in_place(processes, command, train, stop_at,
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "best"} | named
 
 
-def test_killed_at_random_moments(processes, command, tmp_path, finished, same_run, latest):
-    run, step = tmp_path / "run", 0
-    for seed in range(4):
-        pid = processes.start(*command(run, "--resume"))
-        time.sleep(random.Random(seed).uniform(0.1, 0.9))
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # done before
-        assert processes.wait()[0] in (0, -signal.SIGKILL)
+KILLS = int(os.environ.get("NVAE_FAST_KILLS", "5"))  # make soak: 50
+
+
+def test_killed_at_random_moments(processes, command, train, tmp_path, same_run, latest):
+    """By the clock or in the middle of a save, in turn; whenever a run gets to its end it is compared and begun anew."""
+    run, whole, flags = tmp_path / "run", tmp_path / "whole", ("--epochs", 4 + KILLS // 4, "--save_every", 2, "--keep", 2)
+    assert train(whole, *flags).code == 0
+    kills, seed, step = 0, 0, 0
+    while kills < KILLS or run.exists():
+        moment = random.Random(seed)
+        seed += 1
+        if kills == KILLS:
+            code, err = processes.run(*command(run, *flags, "--resume"))
+        elif seed % 2:
+            pid = processes.start(*command(run, *flags, "--resume"))
+            time.sleep(moment.uniform(0.1, 0.9))
+            with contextlib.suppress(ProcessLookupError):  # done before
+                os.kill(pid, signal.SIGKILL)
+            code, err = processes.wait()
+        else:
+            code, err = processes.run(*command(run, *flags, "--resume"), die_at=moment.randint(1, 150))
+        assert code in (0, -signal.SIGKILL), err
+        kills += code != 0
+        for folder in run.glob("checkpoints/step-*"):
+            load_model(folder), load_training(folder)
         assert loadable(run, latest) >= step
         step = loadable(run, latest)
-    assert processes.run(*command(run, "--resume"))[0] == 0
-    same_run(run, finished)
+        if code == 0:
+            same_run(run, whole)
+            shutil.rmtree(run)
+            step = 0
+    print(f"{kills} kills in {seed} starts")
 
 
 def test_the_installed_command():

@@ -1,0 +1,283 @@
+"""NaN planted in a batch, a gradient, a weight: what becomes of the run, and what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nvae_fast import NVAE, PRESETS
+from nvae_fast.checkpoint.native import load_training
+from nvae_fast.regularization import SpectralState
+from nvae_fast.training import Trainer
+from nvae_fast.training.doctor import diagnose
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """plant(function): `function(trainer, x)` is called before every step and may return what to call behind it."""
+
+    def install(function):
+        step = Trainer._step
+
+        def planted(self, x):
+            undo = function(self, x)
+            try:
+                step(self, x)
+            finally:
+                if undo is not None:
+                    undo()
+
+        monkeypatch.setattr(Trainer, "_step", planted)
+
+    return install
+
+
+def events(lines, kind):
+    return [line for line in lines if line["event"] == kind]
+
+
+def test_a_bad_batch_costs_one_step(train, tmp_path, metrics, plant, latest):
+    before = {}
+
+    def bad(self, x):
+        if self.progress.step == 4:
+            before.update({k: v.clone() for k, v in self.model.state_dict().items()})
+            x[3, 0, 2, 2] = NAN
+        if self.progress.step == 5:
+            assert all(torch.equal(v, before[k]) for k, v in self.model.state_dict().items())
+
+    plant(bad)
+    assert train(tmp_path / "run").code == 0
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in events(lines, "train")] == list(range(1, 10))
+    assert [line["skipped"] for line in events(lines, "train")] == 4 * [0] + 5 * [1]
+    (said,) = events(lines, "skipped")
+    assert (said["step"], said["where"]) == (5, "the batch") and said["what"].startswith(
+        "it holds 1 NaN and 0 infinite of 4096"
+    )
+    assert all(math.isfinite(line["train_loss"]) for line in events(lines, "valid"))
+    tensors, _ = load_training(latest(tmp_path / "run"))
+    assert int(tensors["step/skipped"]) == 1 and int(tensors["step/skipped_in_a_row"]) == 0
+
+
+def test_a_stop_remembers_the_steps_skipped_in_a_row(train, tmp_path, metrics, plant, latest, stop_at):
+    def bad(self, x):
+        if 4 <= self.progress.step < 6 and not self.progress.rollbacks:
+            x.fill_(NAN)
+
+    plant(bad)
+    stop_at(5)
+    flags = ("--max_skipped", 2, "--resume")
+    assert train(tmp_path / "run", *flags).code == 143
+    assert int(load_training(latest(tmp_path / "run"))[0]["step/skipped_in_a_row"]) == 1
+    stop_at(None)
+    assert train(tmp_path / "run", *flags).code == 0
+    (back,) = events(metrics(tmp_path / "run"), "rollback")
+    assert (back["step"], back["from_step"]) == (5, 6)
+
+
+def test_a_bad_gradient_costs_one_step(train, tmp_path, metrics, plant):
+    def bad(self, x):
+        if self.progress.step == 4:
+            return self.model.enc0[1].bias.register_hook(lambda grad: grad * math.inf).remove
+
+    plant(bad)
+    result = train(tmp_path / "run", "--bar")
+    assert result.code == 0 and "step 5 was skipped: non-finite values, first in the gradient of enc0.1.bias" in result.err
+    (said,) = events(metrics(tmp_path / "run"), "skipped")
+    assert said["step"] == 5 and said["where"] == "the gradient of enc0.1.bias"
+    assert "skipped=1" in result.err  # the bar
+
+
+def test_a_bad_weight_costs_a_rollback(train, tmp_path, metrics, plant, same_run, finished):
+    planted = []
+
+    def bad(self, x):
+        if self.progress.step == 4 and not planted:
+            planted.append(True)
+            self.model.image_conditional[1].weight.data[0, 0, 0, 0] = NAN
+
+    plant(bad)
+    result = train(tmp_path / "run", "--max_skipped", 2, "--bar")
+    assert result.code == 0
+    reason = "2 steps in a row up to step 6 had a non-finite loss or gradient"
+    said = f"{reason}: back to step 3, rollback 1 of 3, from now on with 0.5 times the learning rate and 2 times lambda"
+    assert said in result.err
+    lines, plain = metrics(tmp_path / "run"), metrics(finished)
+    (back,) = events(lines, "rollback")
+    assert (back["step"], back["from_step"], back["reason"]) == (3, 6, reason)
+    ours, theirs = events(lines, "train"), events(plain, "train")
+    assert [line["step"] for line in ours] == list(range(1, 10)) and ours[:3] == theirs[:3]
+    for mine, yours in zip(ours[3:], theirs[3:], strict=True):
+        assert mine["lr"] == yours["lr"] / 2 and mine["norm_coeff"] == 2 * max(yours["norm_coeff"], 5e-3)
+        assert mine["skipped"] == 2
+    assert "skipped: non-finite values, first in the parameter image_conditional.1.weight" in result.err
+
+
+def test_a_rollback_survives_a_stop(train, tmp_path, plant, same_run, stop_at):
+    def bad(self, x):
+        if self.progress.step == 4 and not self.progress.rollbacks:
+            self.model.image_conditional[1].weight.data[0, 0, 0, 0] = NAN
+
+    plant(bad)
+    flags = ("--max_skipped", 2, "--resume")
+    assert train(tmp_path / "whole", *flags).code == 0
+    for step in (7, 8):
+        stop_at(step)
+        assert train(tmp_path / "run", *flags).code == 143
+    stop_at(None)
+    assert train(tmp_path / "run", *flags).code == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", [(), ("--arch_instance", "res_elu")])
+def test_back_to_the_beginning(train, tmp_path, metrics, plant, flags, monkeypatch):
+    """In the first epoch, with weights that were to be initialised from the first batch."""
+
+    def bad(self, x):
+        if self.progress.step == 1 and not self.progress.rollbacks:
+            self.model.stem.weight.data.fill_(NAN)
+
+    plant(bad)
+    assert train(tmp_path / "run", "--max_skipped", 1, *flags).code == 0
+    ours = events(metrics(tmp_path / "run"), "train")
+    assert [line["step"] for line in ours] == list(range(1, 10))
+    monkeypatch.undo()
+    assert train(tmp_path / "plain", *flags).code == 0
+    plain = events(metrics(tmp_path / "plain"), "train")
+    assert [ours[0][name] for name in ("recon", "kl")] == [plain[0][name] for name in ("recon", "kl")]
+
+
+def test_it_gives_up(train, tmp_path, metrics, plant, latest, cli):
+    def bad(self, x):
+        if self.progress.step == 4:
+            self.model.stem.weight.data.fill_(NAN)
+
+    plant(bad)
+    result = train(tmp_path / "run", "--max_skipped", 1)
+    assert result.code == 1 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1] == (
+        "nvae-fast: 1 steps in a row up to step 5 had a non-finite loss or gradient, after 3 rollbacks; the last checkpoint "
+        "stands: raise --weight_decay_norm or lower --learning_rate; `nvae-fast doctor` looks for the cause"
+    )
+    _, meta = load_training(latest(tmp_path / "run"))
+    assert meta["progress"]["step"] == 3 and meta["progress"]["rollbacks"] == 3
+    assert cli("sample", tmp_path / "run", "-n", 1, "--out", tmp_path / "x.png").code == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, metrics, monkeypatch, latest):
+    step = Trainer._step
+
+    def poisoned(self, x):
+        step(self, x)
+        if self.progress.step == 6 and not self.progress.rollbacks:  # the last step before a checkpoint
+            next(self.model.parameters()).data.fill_(math.inf)
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    assert train(tmp_path / "run").code == 0
+    (back,) = events(metrics(tmp_path / "run"), "rollback")
+    assert (back["step"], back["reason"]) == (3, "the weights became infinite or NaN at step 6")
+
+
+# ---- the doctor ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return NVAE(PRESETS["demo"])
+
+
+def look(model, x=None):
+    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)) if x is None else x
+    spectral = SpectralState()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    noise = torch.get_rng_state()
+    found = diagnose(model, x, kl_coeff=0.5, norm_coeff=1e-2, spectral=spectral)
+    assert all(v.equal(state[k]) or v.isnan().any() for k, v in model.state_dict().items()), "the model changed"
+    assert torch.equal(noise, torch.get_rng_state()) and not spectral.u
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    return found
+
+
+class Poison(torch.autograd.Function):
+    """x, with a gradient that is infinite in one place."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad.view(-1)[0] = math.inf
+        return grad
+
+
+def test_a_healthy_model(model):
+    assert look(model) is None
+
+
+@pytest.mark.parametrize("name", ["stem", "enc_sampler.1", "dec_tower.0.conv", "pre_process.0"])
+def test_a_module_in_the_forward_pass(model, name, monkeypatch):
+    module = model.get_submodule(name)
+    forward = type(module).forward
+
+    def bad(x, *rest):
+        out = forward(module, x, *rest)
+        return torch.where(torch.arange(out.shape[1])[:, None, None] == 1, NAN, out)
+
+    monkeypatch.setattr(module, "forward", bad)
+    found = look(model)
+    assert found.where == f"{name} ({type(module).__name__})"
+    assert "its output holds" in found.what and "; its input ranges from " in found.what
+
+
+def test_something_between_modules(model, monkeypatch):
+    draw = nn.functional.elu
+    monkeypatch.setattr("torch.nn.functional.elu", lambda *a, **k: draw(*a, **k) * NAN)
+    found = look(model)
+    assert found.where.startswith("enc0.0 (ELU)")
+
+
+@pytest.mark.parametrize("name", ["post_process.0", "enc_sampler.1", "image_conditional.1"])
+def test_a_module_in_the_backward_pass(model, name, monkeypatch):
+    module = model.get_submodule(name)
+    forward = type(module).forward
+    monkeypatch.setattr(module, "forward", lambda x, *rest: forward(module, Poison.apply(x), *rest))
+    found = look(model)
+    assert found.where == f"the backward of {name} ({type(module).__name__})"
+    assert found.what.startswith("the gradient of its input holds 0 NaN and 1 infinite of ")
+
+
+def test_a_buffer(model):
+    bn = model.batch_norms()[0]
+    kept = bn.running_var.clone()
+    bn.running_var[0] = math.inf
+    found = look(model)
+    bn.running_var.copy_(kept)
+    assert found.where.startswith("the buffer ") and found.where.endswith(".running_var")
+
+
+def test_the_command(cli, refused, finished, own_copy, latest, tmp_path):
+    result = cli("doctor", finished, "--batches", 4)
+    assert result.code == 0 and result.out.startswith("nothing: loss and gradients of 4 batches from "), result
+    from safetensors.torch import load_file, save_file
+
+    path = latest(own_copy) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["stem.weight"][0, 0, 0, 0] = NAN
+    save_file(tensors, path)
+    result = cli("doctor", own_copy)
+    assert result.code == 1
+    assert result.out == "batch 1 of epoch 4: first in the parameter stem.weight: it holds 1 NaN and 0 infinite of 18 values\n"
+    refused("nothing to resume at")("doctor", tmp_path)
+    refused("--batches=0 must be at least 1")("doctor", finished, "--batches", 0)
+    assert json.loads((own_copy / "config.json").read_text())
