@@ -19,14 +19,17 @@ from triton.compiler import ASTSource
 
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
-MODULES = "_join", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.triton", "se_residual.triton"
+MODULES = "_join", "adamax.triton", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.triton", "se_residual.triton"
 MODULES += "residual_normal.triton", "logistic_mixture.triton"
 MODULES += "flow_cell.triton", "power_iteration.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
 STORED |= {"h1_ptr", "da1_ptr", "da2_ptr"}
-REALS = {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
+KINDS = {"rows_ptr": "i32", "active_ptr": "i1", "take_ptr": "i1", "lr_ptr": "fp64", "squares_ptr": "fp64", "total_ptr": "fp64"}
+REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
+REALS |= {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
+CONSTANTS |= dict(LOG_BETA1=-0.1, NEAR=True, DECAY=True)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
 GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
@@ -57,6 +60,8 @@ ABSENT = {  # which pointers a launcher may leave out
     "se_residual_weights_kernel": [("bn_ptr",)],
     "residual_normal_fwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr")],
     "residual_normal_bwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr", "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), SUMS],
+    "adamax_sizes_kernel": [("take_ptr",)],
+    "adamax_step_kernel": [("ema_ptr",), ("ema_ptr", "factor_ptr")],
 }
 PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_fwd_kernel": (pointwise.FORWARD, "MNK"),
@@ -106,13 +111,14 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         | dict.fromkeys(absent)
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
     )
-    multiples = ("C", "K", "N", "WIDTH") if unit == 16 else ()
+    multiples = ("C", "K", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
     kinds = {}
     for n in names:
-        kinds[n] = f"*{storage if n in STORED else 'fp32'}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
+        pointed = storage if n in STORED else KINDS.get(n, "fp32")
+        kinds[n] = f"*{pointed}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
         if n.endswith("_table"):
             kinds[n] = "*i64"
-        if n in ("M", "P") and wide:
+        if n in ("M", "P", "ELEMENTS", "ROWS") and wide:
             kinds[n] = "i64"
         if ones and kinds[n] == "i32":
             constants.setdefault(n, 1)

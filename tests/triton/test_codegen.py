@@ -32,7 +32,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_both_architectures(rows):
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 40
+    assert len(kernels) == 44
     assert {(row["kernel"], row["arch"]) for row in rows} == {(name, arch) for name in kernels for arch in (80, 90)}
 
 
@@ -78,6 +78,14 @@ def test_hidden_maps_are_read_and_written_16_bytes_at_a_time(rows):
 def test_aligned_rows_of_lists_are_read_and_written_16_bytes_at_a_time(rows):
     lists = [row for row in rows if row["lists"]]
     assert lists and all(row["loads"].get("128", 0) + row["stores"].get("128", 0) >= 4 for row in lists)
+
+
+def test_adamax_reads_and_writes_an_arena_16_bytes_at_a_time(rows):
+    for row in rows:
+        if row["kernel"] == "adamax_step_kernel" and not row.get("ones"):
+            assert row["loads"]["128"] >= 4 and set(row["stores"]) == {"128"}, row
+        if row["kernel"] == "adamax_squares_kernel" and not row.get("ones"):
+            assert set(row["loads"]) == {"128"}, row
 
 
 def test_nothing_spills_into_local_memory(rows):
