@@ -161,16 +161,16 @@ class TrainingStep:
             found[-1] |= joined | {"total": torch.stack([f["total"] for f in found]).mean()}
         return found[-1]
 
-    def _vectors(self) -> list[Tensor]:
-        return list(self.spectral.state_dict().values())
-
     def _keep(self) -> list[tuple[list[Tensor], Tensor]]:
         """What a forward pass changes, in one copy for each type of number."""
-        tensors = self._statistics + (self._vectors() if self.spectral.warm else [])
-        kinds = {t.dtype: [s for s in tensors if s.dtype == t.dtype] for t in tensors}
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for t in (*self._statistics, *(self.spectral.state_dict().values() if self.spectral.warm else ())):
+            kinds.setdefault(t.dtype, []).append(t)
         return [(same, torch.cat([t.flatten() for t in same])) for same in kinds.values()]
 
     def _restore(self, kept: list[tuple[list[Tensor], Tensor]], take: Tensor) -> None:
+        if take.device.type == "cpu" and take.numpy():  # nothing to wait for
+            return
         for tensors, old in kept:
             new = torch.where(take, torch.cat([t.flatten() for t in tensors]), old)
             pieces = new.split([t.numel() for t in tensors])
