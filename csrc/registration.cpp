@@ -35,6 +35,7 @@ TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
   m.impl("pointwise_conv_fwd", TORCH_FN(nvae::pointwise_conv::forward_cpu));
   m.impl("pointwise_conv_bwd", TORCH_FN(nvae::pointwise_conv::backward_cpu));
   m.impl("power_iteration_fwd", TORCH_FN(nvae::power_iteration::forward_cpu));
+  m.impl("power_iteration_add", TORCH_FN(nvae::power_iteration::add_cpu));
   m.impl("power_iteration_bwd", TORCH_FN(nvae::power_iteration::backward_cpu));
   m.impl("residual_normal_fwd", TORCH_FN(nvae::residual_normal::forward_cpu));
   m.impl("residual_normal_bwd", TORCH_FN(nvae::residual_normal::backward_cpu));

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.errors import InputError
+from nvae_fast.kernels.power_iteration.joint import Joint
 from nvae_fast.layers.conv import WeightNormConv2d
 
 FIRST_ITERATIONS, ITERATIONS = 40, 4
+Member = tuple[Tensor, "tuple[Joint, int] | None"]
 
 
 class SpectralState:
@@ -36,26 +38,42 @@ class SpectralState:
 
     def __call__(self, convs: Sequence[nn.Conv2d]) -> Tensor:
         """The spectral regulariser (a scalar); moves u and v."""
-        groups: dict[str, list[Tensor]] = {}
+        # Where effective weights are shared, their gradients take u v^T in one call.
+        joints = {joint[0]: None for c in convs if (joint := getattr(c, "joint", None)) and not joint[0].claimed}
+        for joint in joints:
+            joint.claimed = True
+        groups: dict[str, list[Member]] = {}
         for conv in convs:
             weight = conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
-            groups.setdefault(shape_key(weight), []).append(weight)
-        total = []
+            place = getattr(conv, "joint", None)
+            groups.setdefault(shape_key(weight), []).append((weight, place if place and place[0] in joints else None))
+        total = [joint.token for joint in joints]
         for iterations in (FIRST_ITERATIONS, ITERATIONS):
             keys = [k for k in groups if (k in self._warm) == (iterations == ITERATIONS)]
-            if keys:
-                total.append(self._advance({k: groups[k] for k in keys}, iterations))
+            total += self._advance({k: groups[k] for k in keys}, iterations)
         self._warm.update(groups)
-        return total[0] if len(total) == 1 else torch.stack(total).sum()
+        return torch.stack(total).sum()
 
-    def _advance(self, groups: Mapping[str, list[Tensor]], iterations: int) -> Tensor:
-        for key, weights in groups.items():
-            self._ensure_vectors(key, weights)
+    def _advance(self, groups: Mapping[str, list[Member]], iterations: int) -> list[Tensor]:
+        for key, members in groups.items():
+            self._ensure_vectors(key, [weight for weight, _ in members])
+        members = [m for some in groups.values() for m in some]
         u, v = ([row for k in groups for row in store[k].unbind()] for store in (self.u, self.v))
-        sigma, *moved = F.power_iteration([w for weights in groups.values() for w in weights], u, v, iterations=iterations)
-        with torch.no_grad():
-            torch._foreach_copy_(u + v, moved[0] + moved[1])
-        return sigma.sum()
+        sums = []
+        for joined in (True, False):
+            which = [i for i, (_, place) in enumerate(members) if (place is not None) == joined]
+            if which:
+                weights = [members[i][0].detach() if joined else members[i][0] for i in which]
+                old = [u[i] for i in which], [v[i] for i in which]
+                sigma, *new = F.power_iteration(weights, *old, iterations=iterations)
+                with torch.no_grad():
+                    torch._foreach_copy_(old[0] + old[1], new[0] + new[1])
+                sums.append(sigma.sum())
+                for i, vectors in zip(which, zip(*new, strict=True), strict=True):
+                    if joined:
+                        joint, number = members[i][1]
+                        joint.vectors[number] = vectors
+        return sums
 
     def _ensure_vectors(self, key: str, weights: list[Tensor]) -> None:
         if key not in self.u:  # seeded by shape, so that no other shape changes them

@@ -147,9 +147,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(at::TensorList weights, at::Tenso
   return {sigma, new_u, new_v};
 }
 
-std::vector<Tensor> backward_cpu(const Tensor& dsigma, const Tensor& u, const Tensor& v, at::IntArrayRef layouts) {
+std::vector<Tensor> add_cpu(const c10::List<std::optional<Tensor>>& others, const Tensor& dsigma, const Tensor& u,
+                            const Tensor& v, at::IntArrayRef layouts) {
   const size_t count = dsigma.numel();
-  std::vector<Tensor> grads(count);
+  TORCH_CHECK(others.empty() || others.size() == count, "power_iteration: ", others.size(), " gradients of ", count, " weights");
+  std::vector<Tensor> grads(count), given(count);
   std::vector<int64_t> elements(count), u_start(count + 1), v_start(count + 1);
   for (size_t i = 0; i < count; i++) {
     const int64_t axes = layouts.empty() ? -1 : layouts[0];
@@ -164,10 +166,18 @@ std::vector<Tensor> backward_cpu(const Tensor& dsigma, const Tensor& u, const Te
     elements[i] = grads[i].numel();
     u_start[i + 1] = u_start[i] + sizes[0];
     v_start[i + 1] = v_start[i] + elements[i] / sizes[0];
+    if (const std::optional<Tensor> other = others.empty() ? std::nullopt : others.get(i)) {
+      TORCH_CHECK(other->sizes() == sizes && other->scalar_type() == at::kFloat, "power_iteration: gradient ", i,
+                  " has shape ", other->sizes(), " and type ", other->scalar_type(), "; expected ", sizes, " and float32");
+      bool ordered = true;
+      for (int64_t d = 0; d < axes; d++) ordered &= sizes[d] == 1 || other->stride(d) == grads[i].stride(d);
+      given[i] = ordered ? *other : at::empty_strided(sizes, grads[i].strides(), u.options()).copy_(*other);
+    }
   }
   TORCH_CHECK(layouts.empty() && u.numel() == u_start[count] && v.numel() == v_start[count],
               "power_iteration: the gradient, u and v do not fit the weights");
   const auto scale = NVAE_SELECT(scale);
+  const auto scale_add = NVAE_SELECT(scale_add);
   const Tensor flat[] = {dsigma.contiguous(), u.contiguous(), v.contiguous()};
   const float *factor = flat[0].const_data_ptr<float>(), *u_in = flat[1].const_data_ptr<float>(),
               *v_in = flat[2].const_data_ptr<float>();
@@ -175,21 +185,37 @@ std::vector<Tensor> backward_cpu(const Tensor& dsigma, const Tensor& u, const Te
     return [&, row = std::vector<float>(), offsets = std::vector<int64_t>()](int64_t i) mutable {
       const Tensor& g = grads[i];
       float* out = g.data_ptr<float>();
+      const float* other = given[i].defined() ? given[i].const_data_ptr<float>() : nullptr;
       const int64_t rows = g.size(0), columns = elements[i] / rows, step = g.stride(0);
       const float *left = u_in + u_start[i], *right = v_in + v_start[i];
-      if (g.is_contiguous()) {
-        for (int64_t r = 0; r < rows; r++) scale(right, factor[i] * left[r], columns, out + r * columns);
-        return;
-      }
+      // Where a row lies in one piece, v takes the order that its elements have in memory.
+      const bool whole = g.is_contiguous() || rows == 1 || step == columns;
       row.resize(columns);
-      row_offsets(g.sizes(), g.strides(), offsets);
+      if (!g.is_contiguous()) row_offsets(g.sizes(), g.strides(), offsets);
+      if (whole && !g.is_contiguous()) {
+        for (int64_t k = 0; k < columns; k++) row[offsets[k]] = right[k];
+        right = row.data();
+      }
       for (int64_t r = 0; r < rows; r++) {
-        scale(right, factor[i] * left[r], columns, row.data());
-        for (int64_t k = 0; k < columns; k++) out[r * step + offsets[k]] = row[k];
+        const float share = factor[i] * left[r];
+        if (whole && other) {
+          scale_add(right, share, other + r * columns, columns, out + r * columns);
+        } else if (whole) {
+          scale(right, share, columns, out + r * columns);
+        } else {
+          for (int64_t k = 0; k < columns; k++) {
+            const int64_t at = r * step + offsets[k];
+            out[at] = other ? other[at] + share * right[k] : share * right[k];
+          }
+        }
       }
     };
   });
   return grads;
+}
+
+std::vector<Tensor> backward_cpu(const Tensor& dsigma, const Tensor& u, const Tensor& v, at::IntArrayRef layouts) {
+  return add_cpu(c10::List<std::optional<Tensor>>(), dsigma, u, v, layouts);
 }
 
 }  // namespace nvae::power_iteration

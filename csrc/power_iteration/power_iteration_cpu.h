@@ -1,6 +1,8 @@
 #pragma once
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -14,5 +16,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(at::TensorList weight
 // after the other; a gradient has its weight's strides where these are dense.
 std::vector<at::Tensor> backward_cpu(const at::Tensor& dsigma, const at::Tensor& u, const at::Tensor& v,
                                      at::IntArrayRef layouts);
+
+// The same, each added to the other gradient of its weight, where there is one.
+std::vector<at::Tensor> add_cpu(const c10::List<std::optional<at::Tensor>>& others, const at::Tensor& dsigma,
+                                const at::Tensor& u, const at::Tensor& v, at::IntArrayRef layouts);
 
 }  // namespace nvae::power_iteration

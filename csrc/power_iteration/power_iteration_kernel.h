@@ -49,3 +49,8 @@ void scale(const float* a, float factor, int64_t n, float* __restrict out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = factor * a[i];
 }
+
+void scale_add(const float* a, float factor, const float* b, int64_t n, float* __restrict out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = b[i] + factor * a[i];
+}

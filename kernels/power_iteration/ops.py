@@ -20,6 +20,12 @@ torch.library.define(
 # layouts: number of axes, sizes and strides of each weight, one weight after the other.
 torch.library.define("nvae_fast::power_iteration_bwd", "(Tensor dsigma, Tensor u, Tensor v, SymInt[] layouts) -> Tensor[]")
 
+# The same, each added to the other gradient of its weight, where there is one.
+torch.library.define(
+    "nvae_fast::power_iteration_add",
+    "(Tensor?[] others, Tensor dsigma, Tensor u, Tensor v, SymInt[] layouts) -> Tensor[]",
+)
+
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
 triton_can_run = _triton.can_run
 _triton.register("power_iteration", "power_iteration_fwd", "power_iteration_bwd")
@@ -45,6 +51,16 @@ def _backward_shapes(dsigma: Tensor, u: Tensor, v: Tensor, layouts: Sequence[int
     return grads
 
 
+@torch.library.register_fake("nvae_fast::power_iteration_add")
+def _add_shapes(others: Sequence[Tensor | None], dsigma: Tensor, u: Tensor, v: Tensor, layouts: Sequence[int]) -> list[Tensor]:
+    return _backward_shapes(dsigma, u, v, layouts)
+
+
+def layouts(weights: Sequence[Tensor]) -> list[int]:
+    """What the schemas call so."""
+    return [n for w in weights for n in (w.dim(), *w.shape, *w.stride())]
+
+
 class PowerIteration(torch.autograd.Function):
     """(sigma, u, v) with u and v end to end, which are all that it keeps for the backward."""
 
@@ -53,7 +69,7 @@ class PowerIteration(torch.autograd.Function):
         ctx: Any, iterations: int, eps: float, u: Sequence[Tensor], v: Sequence[Tensor], *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         sigma, new_u, new_v = torch.ops.nvae_fast.power_iteration_fwd(weights, u, v, iterations, eps)
-        ctx.layouts = [n for w in weights for n in (w.dim(), *w.shape, *w.stride())]
+        ctx.layouts = layouts(weights)
         ctx.dtypes = [w.dtype for w in weights]
         ctx.mark_non_differentiable(new_u, new_v)
         ctx.save_for_backward(new_u, new_v)

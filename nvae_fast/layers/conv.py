@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.kernels.flow_cell.reference import autoregressive_mask
+from nvae_fast.kernels.power_iteration.joint import Joint
 
 NORM_EPS = 1e-5
 
@@ -29,7 +30,9 @@ class WeightNormConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.log_weight_norm = nn.Parameter(self._initial_log_norm())
         self.data_init_pending = data_init
-        self.effective: Tensor | None = None  # set by shared_effective_weights for the duration of a pass
+        # Set by shared_effective_weights for the duration of a pass: the filters, and what joins their gradients.
+        self.effective: Tensor | None = None
+        self.joint: tuple[Joint, int] | None = None
 
     @torch.no_grad()
     def _initial_log_norm(self) -> Tensor:
@@ -110,13 +113,17 @@ def shared_effective_weights(convs: Iterable[nn.Conv2d]) -> Iterator[None]:
         weights = F.weight_norm(
             [c.weight for c in todo], [c.log_weight_norm for c in todo], [c.mask for c in todo], eps=NORM_EPS
         )
-        for conv, weight in zip(todo, weights, strict=True):
-            conv.effective = weight
+        joint = None
+        if torch.is_grad_enabled() and any(w.requires_grad for w in weights) and not torch.compiler.is_compiling():
+            joint = Joint()  # of the spectral regulariser
+            weights = joint.attach(weights)
+        for i, (conv, weight) in enumerate(zip(todo, weights, strict=True)):
+            conv.effective, conv.joint = weight, joint and (joint, i)
     try:
         yield
     finally:
         for conv in todo:
-            conv.effective = None
+            conv.effective = conv.joint = None
 
 
 def same_padding(kernel_size: int, dilation: int = 1) -> int:
