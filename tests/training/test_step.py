@@ -1,4 +1,4 @@
-"""One step of training: what it skips, clips, accumulates and averages, and that it never waits for the device."""
+"""One step of training: what it clips, accumulates and averages, and that it never waits for the device."""
 
 from __future__ import annotations
 
@@ -8,121 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvae_fast import NVAE, NVAEConfig, layers
+from nvae_fast import layers
 from nvae_fast.errors import InputError
-from nvae_fast.optim import FusedAdamax, make_optimizer
-from nvae_fast.regularization import SpectralState
-from nvae_fast.training.step import TrainingStep
+from nvae_fast.optim import FusedAdamax
 
-SIZES = {"num_latent_scales": 2, "num_latent_per_group": 2, "num_channels_enc": 4, "num_channels_dec": 4}
-CELLS = {f"num_{k}": 1 for k in ("groups_per_scale", "preprocess_blocks", "postprocess_blocks", "preprocess_cells",
-                                 "postprocess_cells", "cell_per_cond_enc", "cell_per_cond_dec")}  # fmt: skip
-NUMBERS = {"rate": 0.01, "kl_coeff": 0.5, "norm_coeff": 0.01}
-EVENTS = torch.nan, torch.inf, -torch.inf
-
-
-class Run:
-    """A tiny model with all that a step moves."""
-
-    def __init__(self, ema_decay=None, **options):
-        torch.manual_seed(0)
-        self.model = NVAE(NVAEConfig(image_size=(16, 16), channels=1, likelihood="bernoulli", use_se=True, res_dist=True,
-                                     **SIZES, **CELLS))  # fmt: skip
-        self.model.to(memory_format=torch.channels_last).train()
-        self.optimizer = make_optimizer(self.model, ema_decay=ema_decay)
-        self.spectral = SpectralState()
-        self.step = TrainingStep(self.model, self.optimizer, self.spectral, **options)
-
-    def __call__(self, count=1, seed=1, **options):
-        torch.manual_seed(seed)
-        for _ in range(count):
-            terms = self.step(batch(), **NUMBERS | options)
-        return terms
-
-    def everything(self):
-        """All that a skipped step must leave alone, as bytes by name."""
-        state = self.optimizer.state_dict()["state"]
-        found = (
-            {f"{i}/{k}": t for i, s in state.items() for k, t in s.items()}
-            | self.model.state_dict()
-            | self.spectral.state_dict()
-        )
-        return {name: t.detach().contiguous().view(-1).numpy().tobytes() for name, t in found.items()}
-
-
-def batch(count=8):
-    return (torch.rand(count, 1, 16, 16) > 0.5).float()
-
-
-def moved(before, after):
-    return {name for name in after if before.get(name) != after[name]}
-
-
-def in_batch(run, value):
-    x = batch()
-    x[3, 0, 5, 5] = value
-    return lambda: run.step(x, **NUMBERS)
-
-
-def in_gradient(run, value):
-    weight = run.model.stem.weight
-    handle = weight.register_hook(lambda grad: torch.cat([grad.flatten()[:-1], grad.new_tensor([value])]).view(grad.shape))
-
-    def call():
-        terms = run()
-        handle.remove()
-        return terms
-
-    return call
-
-
-def in_weight(run, value):
-    run.model.enc0[1].weight.data.view(-1)[3] = value
-    return run
-
-
-@pytest.mark.parametrize("value", EVENTS)
-@pytest.mark.parametrize("plant", [in_batch, in_gradient, in_weight])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "accumulate": 2}, {"precision": "fp16"}], ids=str)
-def test_a_step_that_is_not_finite_leaves_everything_alone(plant, value, options):
-    run = Run(ema_decay=0.9, **options)
-    run(2)
-    weights = run.model.enc0[1].weight.detach().clone()
-    call = plant(run, value)
-    before = run.everything()
-    for count in (1, 2):
-        terms = call() if count == 1 or plant is not in_gradient else plant(run, value)()
-        assert terms["skipped"].item() == 1
-        assert not moved(before, run.everything())
-        assert run.step.skipped.item() == run.step.skipped_in_a_row.item() == count
-    run.model.enc0[1].weight.data.copy_(weights)
-    terms = run()
-    assert terms["skipped"].item() == 0 and terms["total"].isfinite() and terms["grad_norm"].isfinite()
-    assert (run.step.skipped.item(), run.step.skipped_in_a_row.item()) == (2, 0)
-    changed = moved(before, run.everything())
-    assert {name for name in before if "running" in name or "num_batches" in name} <= changed
-    assert any(name.startswith("u/") for name in changed)
-    assert all(value.isfinite().all() for value in run.model.state_dict().values())
-
-
-def test_a_skipped_step_changes_no_later_one():
-    plain, other = Run(), Run()
-    plain(2)
-    other(2)
-    in_batch(other, torch.nan)()
-    plain(3, seed=5)
-    other(3, seed=5)
-    assert plain.everything() == other.everything()
-
-
-def test_the_first_step_may_be_skipped():
-    run = Run(ema_decay=0.9)
-    before = {name: t.clone() for name, t in run.model.state_dict().items()}
-    in_batch(run, torch.nan)()
-    after = run.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in after)
-    assert all(not s["step"] and not s["exp_avg"].any() and not s["exp_inf"].any() for s in run.optimizer.state.values())
-    assert not run()["skipped"]
+from .stepping import NUMBERS, OPTIONS, Run, batch
 
 
 class Counting(TorchDispatchMode):
@@ -140,7 +30,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "accumulate": 2}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_nothing_is_read_from_the_device(options):
     run = Run(ema_decay=0.9, **options)
     with Counting() as first:
@@ -199,24 +89,6 @@ def test_accumulated_parts_are_the_whole_batch(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6 * float(results[0][0]["grad_norm"]))
     vectors = [{k: v for k, v in r[1].items() if k[:2] in ("u/", "v/")} for r in results]
     assert vectors[0] == vectors[1] == vectors[2]  # moved once
-
-
-def test_loss_scale_follows_torchs_rule(monkeypatch):
-    monkeypatch.setattr("nvae_fast.training.step.GROWTH_INTERVAL", 3)
-    run = Run(precision="fp16")
-    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
-    p = torch.nn.Parameter(torch.ones(()))
-    optimizer = torch.optim.SGD([p], lr=0.0)
-    for bad in (0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0):
-        (in_batch(run, torch.nan) if bad else run)()
-        theirs.scale(p * (torch.nan if bad else 1.0)).backward()
-        theirs.step(optimizer)
-        theirs.update()
-        optimizer.zero_grad()
-        assert run.step.scale.item() == theirs.get_scale()
-    other = Run(precision="fp16")
-    other.step.load_state_dict({name: t.clone() for name, t in run.step.state_dict().items()})
-    assert all(torch.equal(a, b) for a, b in zip(run.step.state_dict().values(), other.step.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("kl_coeff", [0.3, 1.0])
