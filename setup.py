@@ -60,6 +60,14 @@ def missing_for_cpp() -> str | None:
     return None
 
 
+def sources(cuda: bool) -> list[str]:
+    """Every .cpp, and with CUDA every .cu. The files <op>_cuda.cpp need CUDA's headers: they are left to builds with CUDA."""
+    found = [path for path in ROOT.glob("csrc/**/*.cpp") if cuda or not path.stem.endswith("_cuda")]
+    if cuda:
+        found += ROOT.glob("csrc/**/*.cu")
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
 def extension() -> tuple[list, dict]:
     """(ext_modules, cmdclass) as NVAE_FAST_BUILD says."""
     mode = os.environ.get("NVAE_FAST_BUILD", "auto")
@@ -84,17 +92,15 @@ def extension() -> tuple[list, dict]:
     if mode == "cuda" and not cuda:
         lack = "this torch was built without CUDA" if not torch.version.cuda else "nvcc was not found (set CUDA_HOME)"
         stop(f"NVAE_FAST_BUILD=cuda, but {lack}")
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.cpp"))
-    kernels = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.cu")) if cuda else []
     make = cpp_extension.CppExtension
     macros = [("NVAE_FAST_TORCH", f'"{torch.__version__}"')]
-    if kernels:
+    if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         make = cpp_extension.CUDAExtension
         macros.append(("NVAE_FAST_CUDA", "1"))
     module = make(
         "nvae_fast._C",
-        sources + kernels,
+        sources(cuda),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=macros,
         extra_link_args=["-fopenmp", "-s"],

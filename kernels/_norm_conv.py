@@ -14,15 +14,15 @@ from nvae_fast.kernels._autograd import first_order
 def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, stats: bool) -> tuple[Tensor, ...]:
     """(y, its stats [2, C_out] or [0, C_out])"""
     raw = torch.ops.nvae_fast
-    if op == "depthwise_conv":
-        return raw.depthwise_conv_fwd(x, bn, act, weight, *sizes, stats)
+    if op != "pointwise_conv":
+        return getattr(raw, f"{op}_fwd")(x, bn, act, weight, *sizes, stats)
     return raw.pointwise_conv_fwd(x, bn, act, weight, stats, False)[:2]
 
 
 def _backward(op: str, dy: Tensor, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple) -> tuple[Tensor, ...]:
     raw = torch.ops.nvae_fast
-    if op == "depthwise_conv":
-        return raw.depthwise_conv_bwd(dy, None, None, x, bn, act, weight, *sizes)
+    if op != "pointwise_conv":
+        return getattr(raw, f"{op}_bwd")(dy, None, None, x, bn, act, weight, *sizes)
     return raw.pointwise_conv_bwd(dy, None, None, x, bn, act, weight)
 
 

@@ -1,8 +1,8 @@
 """y[n, c, i, j] = sum_{a, b} w[c, a, b] u[n, c, stride i + dilation a - p, stride j + dilation b - p], p = dilation (k - 1)/2,
 where u = act(norm(x)), or x without a norm, and 0 outside the image
 
-`impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds,
-else "reference".
+`impl="auto"` takes "cuda" for CUDA tensors where the extension was built with CUDA, else "triton" where that is installed;
+"cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds; else "reference".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nvae_fast.kernels import _auto, _impl, _norm_conv
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.depthwise_conv import ops, reference
 
-_impl.register("depthwise_conv", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
+_impl.register("depthwise_conv", cpu=ops.cpu_can_run, cuda=ops.cuda_can_run, triton=ops.triton_can_run)
 
 
 def depthwise_conv(
@@ -39,8 +39,8 @@ def depthwise_conv(
     norm: a `Norm` over C channels, applied to x before the convolution. In training its running statistics move, once.
     act: "identity", "swish" or "elu", behind the norm.
     return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them.
-    impl: "auto", "reference" or "cpu" (float32 or bfloat16, k up to 11, any strides). The reference alone can be differentiated
-        twice.
+    impl: "auto", "reference", "cpu" (float32 or bfloat16, k up to 11, any strides), "cuda" (float16 too, k up to 27) or
+        "triton" (float16 too). The reference alone can be differentiated twice.
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
     """
@@ -53,9 +53,10 @@ def depthwise_conv(
     if stride not in (1, 2) or dilation < 1:
         raise ValueError(f"stride={stride}, dilation={dilation}: expected stride 1 or 2 and a dilation of at least 1")
     impl = _auto.choose("depthwise_conv", impl, [x], [weight], fused=norm is not None or return_stats)
-    if _impl.resolve_impl("depthwise_conv", impl, x, weight) == "reference":
+    impl = _impl.resolve_impl("depthwise_conv", impl, x, weight)
+    if impl == "reference":
         u = _norm_conv.normalised(reference.upsampled(x, upsample), norm, act)
         y = reference.depthwise_conv(u, weight, stride, dilation)
         return (y, _norm_conv.batch_stats(y)) if return_stats else y
-    y, stats = _norm_conv.norm_conv("depthwise_conv", x, weight, norm, act, (stride, dilation, upsample), return_stats)
+    y, stats = _norm_conv.norm_conv(ops.raw_name(impl), x, weight, norm, act, (stride, dilation, upsample), return_stats)
     return (y, stats) if return_stats else y

@@ -1,18 +1,23 @@
 """Schemas and shapes of `depthwise_conv`. The native code registers itself for these schemas when it loads.
 
+A CUDA tensor has two implementations. `depthwise_conv_fwd` and `_bwd` are one there, `depthwise_conv_cuda_fwd` and `_bwd` the
+C++ one (impl="cuda"), with the same arguments and a `variant` that tests and measurements may force (0: by the table in
+csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor).
+
 The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
 normalised x (of x without bn), the weight's, and sums [2, C] = sum(du), sum(du (x - mean)) for the normalisation before it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels._impl import load_native, native_predicate
 from nvae_fast.kernels.bn_act.ops import empty_image
 
 _INPUT = "Tensor x, Tensor? bn, int act, Tensor weight, int stride, int dilation, int upsample"
@@ -25,10 +30,24 @@ torch.library.define(  # du in the memory of dy: stride 1, no upsampling
     "(Tensor(a!) dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, int dilation) -> (Tensor, Tensor)",
 )
 
+torch.library.define("nvae_fast::depthwise_conv_cuda_fwd", f"({_INPUT}, bool stats, int variant=0) -> (Tensor, Tensor)")
+torch.library.define(
+    "nvae_fast::depthwise_conv_cuda_bwd",
+    f"(Tensor dy, Tensor? y, Tensor? c, {_INPUT}, int variant=0) -> (Tensor, Tensor, Tensor)",
+)
+
 triton_can_run = _triton.can_run
 _triton.register("depthwise_conv", "depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_")
+
 MAX_KERNEL = 11
+MAX_CUDA_KERNEL = 27
 _compiled = native_predicate("cpu", torch.float32, torch.bfloat16)
+_compiled_cuda = native_predicate("cuda", torch.float32, torch.bfloat16, torch.float16)
+
+
+def raw_name(impl: str) -> str:
+    """The schemas that this implementation runs are nvae_fast::<raw_name>_fwd and _bwd."""
+    return "depthwise_conv_cuda" if impl == "cuda" else "depthwise_conv"
 
 
 def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
@@ -38,15 +57,42 @@ def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
     return _compiled(tensors)
 
 
+def cuda_can_run(tensors: Sequence[Tensor]) -> str | None:
+    """Predicate of impl="cuda" on (x, weight)."""
+    if len(tensors) > 1 and tensors[1].shape[-1] > MAX_CUDA_KERNEL:
+        return f"it takes kernels up to {MAX_CUDA_KERNEL}, not {tensors[1].shape[-1]}"
+    return _compiled_cuda(tensors) or _no_cuda_code() or (_triton._too_old(tensors[0].device.index or 0) if tensors else None)
+
+
+@functools.cache
+def _no_cuda_code() -> str | None:
+    if load_native()[0].build_info()["cuda"]:
+        return None
+    return "the native extension was built without CUDA (reinstall with NVAE_FAST_BUILD=cuda, where nvcc and a CUDA torch are)"
+
+
+vars(_no_cuda_code)["_dynamo_marked_constant"] = True  # see _impl.py
+
+
+@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_fwd")
 @torch.library.register_fake("nvae_fast::depthwise_conv_fwd")
 def _forward_shapes(
-    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stride: int, dilation: int, upsample: int, stats: bool
+    x: Tensor,
+    bn: Tensor | None,
+    act: int,
+    weight: Tensor,
+    stride: int,
+    dilation: int,
+    upsample: int,
+    stats: bool,
+    variant: int = 0,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     y = empty_image(x, n, c, (h * upsample - 1) // stride + 1, (w * upsample - 1) // stride + 1)
     return y, x.new_empty(2 if stats else 0, c, dtype=torch.float32)
 
 
+@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")
 @torch.library.register_fake("nvae_fast::depthwise_conv_bwd")
 def _backward_shapes(
     dy: Tensor,
@@ -59,6 +105,7 @@ def _backward_shapes(
     stride: int,
     dilation: int,
     upsample: int,
+    variant: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
     return empty_image(x, *x.shape), weight.new_empty(weight.shape), sums

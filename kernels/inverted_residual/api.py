@@ -1,7 +1,8 @@
 """y = BN3(P a(BN2(D a(BN1(E BN0(x)))))): NVAE's cell branch. E and P are 1x1 convolutions, D is depthwise k x k, a is Swish.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 images on the CPU where its row in `kernels/_auto.py` holds,
-"triton" for float32, bfloat16 and float16 images on CUDA where Triton is installed, else "reference".
+for float32, bfloat16 and float16 images on CUDA "cuda" where the extension was built with CUDA and Triton is installed, else
+"triton" where that is, else "reference".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nvae_fast.kernels.inverted_residual import ops, reference
 
 MEMORY = ("fast", "balanced", "low")
 
-_impl.register("inverted_residual", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
+_impl.register("inverted_residual", cpu=ops.cpu_can_run, cuda=ops.cuda_can_run, triton=ops.triton_can_run)
 
 
 def inverted_residual(
@@ -47,8 +48,8 @@ def inverted_residual(
             reference keeps what autograd keeps, about 40.
         defer: return (t, bn) with the last normalisation still to be applied, as `se_residual(bn=...)` does; bn is None where t
             is y already (the reference).
-        impl: "auto", "reference", "cpu" (float32, bfloat16, k up to 11) or "triton" (CUDA; float16 too). The reference alone
-            can be differentiated twice.
+        impl: "auto", "reference", "cpu" (float32, bfloat16, k up to 11), "triton" (CUDA; float16 too) or "cuda" (the depthwise
+            stage in CUDA C++, k up to 27, the others in Triton). The reference alone can be differentiated twice.
 
     Returns y [B, O, H', W'] in the dtype of x (under autocast: in autocast's).
 
@@ -65,12 +66,13 @@ def inverted_residual(
                 f"x is {x.dtype} on {x.device}, {name} {t.dtype} on {t.device}: they must be alike; convert one with .to"
             )
     impl = _auto.choose("inverted_residual", impl, [x])
-    if _impl.resolve_impl("inverted_residual", impl, x, depthwise) == "reference":
+    impl = _impl.resolve_impl("inverted_residual", impl, x, depthwise)
+    if impl == "reference":
         y = reference.inverted_residual(x, expand, depthwise, project, norms, stride=stride, upsample=upsample)
         return (y, None) if defer else y
     parts = [t for norm in norms for t in _norm.tensors(norm)]
     configs = tuple(_norm.config(norm) for norm in norms)
-    found = ops.InvertedResidual.apply(x, expand, depthwise, project, configs, stride, upsample, memory == "low", *parts)
+    found = ops.InvertedResidual.apply(x, expand, depthwise, project, configs, stride, upsample, memory == "low", impl, *parts)
     t3, bn3, *others = found
     pixels = x.shape[2] * x.shape[3] * upsample**2
     behind = t3.shape[2] * t3.shape[3]

@@ -31,6 +31,11 @@ def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
 triton_can_run = _triton.can_run  # as of every stage
 
 
+def cuda_can_run(tensors: Sequence[Tensor]) -> str | None:
+    """Predicate of impl="cuda", which is Triton but for the depthwise convolution."""
+    return depthwise_ops.cuda_can_run(tensors) or _triton.can_run(tensors)
+
+
 class InvertedResidual(torch.autograd.Function):
     """Returns (t3, bn3, bn0, bn1, bn2). bn3's gradient rows are those of `bn_act.ops.ApplyNorm`; the last three are data.
 
@@ -48,9 +53,10 @@ class InvertedResidual(torch.autograd.Function):
         stride: int,
         upsample: int,
         low: bool,
+        impl: str,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        raw = torch.ops.nvae_fast
+        raw, depthwise_conv_fwd, _ = _raw_ops(impl)
         norms = [parts[i : i + 3] for i in (0, 3, 6, 9)]  # weight, bias, stats that stand fixed
 
         def ready(i: int, t: Tensor, taken: Tensor | None) -> tuple[Tensor, float]:
@@ -63,13 +69,13 @@ class InvertedResidual(torch.autograd.Function):
         bn0, n0 = ready(0, x, None)
         t1, taken, _ = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, wanted(1), False)
         bn1, n1 = ready(1, t1, taken)
-        t2, taken = raw.depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2))
+        t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2))
         bn2, n2 = ready(2, t2, taken)
         t3, taken, _ = raw.pointwise_conv_fwd(t2, bn2, _SWISH, project, wanted(3), False)
         bn3, n3 = ready(3, t3, taken)
         kept = (None, None) if low else (t1, t2)
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
-        ctx.settings = configs, stride, upsample, (n0, n1, n2, n3)
+        ctx.settings = configs, stride, upsample, (n0, n1, n2, n3), impl
         ctx.mark_non_differentiable(bn0, bn1, bn2)
         ctx.set_materialize_grads(False)  # zeros for those three
         return t3, bn3, bn0, bn1, bn2
@@ -77,27 +83,33 @@ class InvertedResidual(torch.autograd.Function):
     @staticmethod
     @first_order("inverted_residual")
     def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        raw = torch.ops.nvae_fast
         x, t1, t2, t3, expand, depthwise, project, bn0, bn1, bn2, bn3 = ctx.saved_tensors
-        configs, stride, upsample, counts = ctx.settings
+        configs, stride, upsample, counts, impl = ctx.settings
+        raw, depthwise_conv_fwd, depthwise_conv_bwd = _raw_ops(impl)
         dt3, dbn3 = (torch.zeros_like(t) if d is None else d for d, t in ((dt3, t3), (dbn3, bn3)))
         if t1 is None:
             t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
-            t2 = raw.depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
+            t2 = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
         c, dw3, db3 = _norm.gradients(torch.stack((dbn3[4], dbn3[3])), bn3, counts[3], configs[3])
         c[0].fill_(1.0)  # dt3 holds the scale already
         du, dproject, sums = raw.pointwise_conv_bwd(dt3, t3, c, t2, bn2, _SWISH, project)
         c, dw2, db2 = _norm.gradients(sums, bn2, counts[2], configs[2])
-        if stride * upsample == 1:
+        if stride * upsample == 1 and impl != "cuda":  # whose tiles overlap in dy: du is memory of its own
             ddepthwise, sums = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1)
         else:
-            du, ddepthwise, sums = raw.depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, stride, 1, upsample)
+            du, ddepthwise, sums = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, stride, 1, upsample)
         del t2
         c, dw1, db1 = _norm.gradients(sums, bn1, counts[1], configs[1])
         du, dexpand, sums = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand)
         c, dw0, db0 = _norm.gradients(sums, bn0, counts[0], configs[0])
         raw.bn_act_affine_(du, x, c)
         parts = (dw0, db0, None, dw1, db1, None, dw2, db2, None, dw3, db3, None)
-        wanted = ctx.needs_input_grad[8:]
+        wanted = ctx.needs_input_grad[9:]
         parts = tuple(p if w else None for p, w in zip(parts, wanted, strict=True))
-        return (du, dexpand, ddepthwise, dproject, None, None, None, None, *parts)
+        return (du, dexpand, ddepthwise, dproject, None, None, None, None, None, *parts)
+
+
+def _raw_ops(impl: str) -> tuple[Any, Any, Any]:
+    """(all, depthwise_conv's forward and backward)"""
+    raw, name = torch.ops.nvae_fast, depthwise_ops.raw_name(impl)
+    return raw, getattr(raw, f"{name}_fwd"), getattr(raw, f"{name}_bwd")

@@ -1,0 +1,124 @@
+// depthwise_conv on a GPU: from torch's tensors to the launchers of depthwise_cuda.h. Part of CUDA builds alone (setup.py).
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "bn_act/bn_act.h"
+#include "depthwise_conv/depthwise_cuda.h"
+
+namespace nvae::depthwise_conv::cuda {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOp = "depthwise_conv";
+
+int storage_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return kFloat;
+    case at::kBFloat16: return kBfloat16;
+    case at::kHalf: return kHalf;
+    default: TORCH_CHECK(false, kOp, ": x is ", x.scalar_type(), "; the CUDA code takes float32, bfloat16 or float16");
+  }
+}
+
+void check_beside(const char* name, const Tensor& t, const Tensor& x, at::ScalarType type, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.device() == x.device() && t.scalar_type() == type && t.sizes() == sizes, kOp, ": ", name, " has shape ", t.sizes(),
+              ", type ", t.scalar_type(), " and lies on ", t.device(), "; expected ", sizes, ", ", type, " and ", x.device());
+}
+// Dense and channels-last, sizes and type as given.
+Tensor image_like(const char* name, const Tensor& t, const Tensor& x, at::IntArrayRef sizes) {
+  check_beside(name, t, x, x.scalar_type(), sizes);
+  return t.contiguous(at::MemoryFormat::ChannelsLast);
+}
+OptionalTensor floats(const char* name, const OptionalTensor& t, const Tensor& x, at::IntArrayRef sizes) {
+  if (!t) return {};
+  check_beside(name, *t, x, at::kFloat, sizes);
+  return t->contiguous();
+}
+const float* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+Problem problem_of(const Tensor& x, const Tensor& weight, int64_t act, int64_t stride, int64_t dilation, int64_t up, int64_t variant) {
+  TORCH_CHECK(x.is_cuda() && x.dim() == 4, kOp, ": x has shape ", x.sizes(), " and lies on ", x.device(),
+              "; expected [N, C, H, W] on a GPU");
+  const int64_t k = weight.dim() == 4 ? weight.size(2) : 0;
+  check_beside("weight", weight, x, x.scalar_type(), {x.size(1), 1, k, k});
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / (4 * kMaxKernel);  // a tap's distance is an int
+  TORCH_CHECK(x.size(2) <= kMost && x.size(3) <= kMost, kOp, ": x has shape ", x.sizes(), "; expected sides of at most ", kMost);
+  const int64_t h = x.size(2) * up, w = x.size(3) * up;
+  // Further apart than the image, all taps but the middle one lie outside.
+  dilation = std::min(dilation, std::max<int64_t>({h, w, 1}));
+  const auto out = [&](int64_t side) { return static_cast<int>(side && stride ? (side - 1) / stride + 1 : 0); };
+  const Problem p{x.size(0), x.size(1), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), out(h), out(w), static_cast<int>(k),
+                  static_cast<int>(stride), static_cast<int>(dilation), static_cast<int>(up), static_cast<int>(act), storage_of(x),
+                  static_cast<int>(variant)};
+  const char* why = refusal(p);
+  TORCH_CHECK(why == nullptr, kOp, ": kernel ", k, ", stride ", stride, ", dilation ", dilation, ", upsample ", up, ", variant ", variant,
+              "; ", why);
+  return p;
+}
+
+Tensor empty_image(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options(), at::MemoryFormat::ChannelsLast); }
+
+// Launches with scratch of its own, which the caching allocator hands to nobody before this stream is done with it.
+template <typename Arguments>
+void run(const Problem& p, Arguments arguments, const Tensor& x) {
+  TORCH_CHECK(chosen(p, arguments) != kAuto, kOp, ": variant ", p.variant, " cannot run this shape, type or alignment; pass 0");
+  const Tensor scratch = at::empty({scratch_floats(p, arguments)}, x.options().dtype(at::kFloat));
+  arguments.scratch = scratch.data_ptr<float>();
+  C10_CUDA_CHECK(launch(p, arguments, c10::cuda::getCurrentCUDAStream(x.device().index())));
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight_any,
+                                   int64_t stride, int64_t dilation, int64_t upsample, bool stats, int64_t variant) {
+  const Problem p = problem_of(x_any, weight_any, act, stride, dilation, upsample, variant);
+  const c10::cuda::CUDAGuard device(x_any.device());
+  const Tensor x = image_like("x", x_any, x_any, x_any.sizes()), weight = weight_any.contiguous();
+  const OptionalTensor bn = floats("coefficients", bn_any, x, {bn_act::kCoefficients, p.c});
+  const Tensor y = empty_image(x, {p.n, p.c, p.out_h, p.out_w});
+  const auto table = x.options().dtype(at::kFloat);
+  if (y.numel() == 0) return {y, at::zeros({stats ? 2 : 0, p.c}, table)};
+  const Tensor found = at::empty({stats ? 2 : 0, p.c}, table);
+  float* const stats_to = stats ? found.data_ptr<float>() : nullptr;
+  run(p, Forward{x.const_data_ptr(), pointer(bn), weight.const_data_ptr(), y.data_ptr(), stats_to, nullptr}, x);
+  return {y, found};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const OptionalTensor& y_any, const OptionalTensor& c_any,
+                                            const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight_any,
+                                            int64_t stride, int64_t dilation, int64_t upsample, int64_t variant) {
+  const Problem p = problem_of(x_any, weight_any, act, stride, dilation, upsample, variant);
+  const c10::cuda::CUDAGuard device(x_any.device());
+  TORCH_CHECK(y_any.has_value() == c_any.has_value(), kOp, ": expected both y and c, or neither");
+  const Tensor x = image_like("x", x_any, x_any, x_any.sizes()), weight = weight_any.contiguous();
+  const std::vector<int64_t> sizes{p.n, p.c, p.out_h, p.out_w};
+  const Tensor dy = image_like("dy", dy_any, x, sizes);
+  const OptionalTensor y = y_any ? OptionalTensor(image_like("y", *y_any, x, sizes)) : OptionalTensor();
+  const OptionalTensor c = floats("c", c_any, x, {3, p.c}), bn = floats("coefficients", bn_any, x, {bn_act::kCoefficients, p.c});
+  const auto table = x.options().dtype(at::kFloat);
+  const Tensor du = empty_image(x, x.sizes());
+  if (x.numel() == 0) return {du, at::zeros(weight.sizes(), weight.options()), at::zeros({bn ? 2 : 0, p.c}, table)};
+  const Tensor dweight = at::empty(weight.sizes(), weight.options()), sums = at::empty({bn ? 2 : 0, p.c}, table);
+  run(p,
+      Backward{dy.const_data_ptr(), y ? y->const_data_ptr() : nullptr, pointer(c), x.const_data_ptr(), pointer(bn),
+               weight.const_data_ptr(), du.data_ptr(), dweight.data_ptr(), bn ? sums.data_ptr<float>() : nullptr, nullptr},
+      x);
+  return {du, dweight, sums};
+}
+
+TORCH_LIBRARY_IMPL(nvae_fast, CUDA, m) {
+  m.impl("depthwise_conv_cuda_fwd", TORCH_FN(forward));
+  m.impl("depthwise_conv_cuda_bwd", TORCH_FN(backward));
+}
+
+}  // namespace
+}  // namespace nvae::depthwise_conv::cuda

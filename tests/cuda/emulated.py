@@ -1,0 +1,115 @@
+"""The CUDA sources of csrc/depthwise_conv, compiled by g++ against the emulator's headers: Python functions on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "depthwise_conv"
+EMULATOR = Path(__file__).parent / "emulator"
+FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g0", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-DNVAE_DEPTHWISE_BLOCKS=3"]  # so that a block has many tiles to walk over
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+VARIANTS = {"auto": 0, "any": 1, "core": 2, "tensor": 3}
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int64), ("c", ctypes.c_int64)] + [
+        (name, ctypes.c_int)
+        for name in ("h", "w", "out_h", "out_w", "kernel", "stride", "dilation", "up", "act", "storage", "variant")
+    ]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "bn", "weight", "y", "stats", "scratch")]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("dy", "y", "c", "x", "bn", "weight", "du", "dweight", "sums", "scratch")]
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "c++").split()[0]
+
+
+def build(folder: Path, *flags: str, bfloat16: bool = True) -> Path:
+    """The library, in `folder`; raises CalledProcessError with the compiler's words. Without `bfloat16` it knows two types."""
+    units = [*sorted(SOURCES.glob("depthwise_cuda*.cu")), EMULATOR / "library.cpp"]
+    if not bfloat16:
+        units = [unit for unit in units if unit.stem != "depthwise_cuda_bf16"]
+        flags = (*flags, "-DWITHOUT_BFLOAT16")
+    include = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+    objects = []
+    for unit in units:
+        objects.append(folder / f"{unit.stem}.o")
+        command = [compiler(), *FLAGS, *flags, *include, "-c", str(unit), "-o", str(objects[-1])]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    library = folder / "libdepthwise.so"
+    subprocess.run([compiler(), "-shared", *flags, *map(str, objects), "-o", str(library)], check=True, capture_output=True)
+    return library
+
+
+class Library:
+    """`forward` and `backward` have the arguments of the schemas depthwise_conv_cuda_fwd and _bwd."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        self.c.why_not.restype = ctypes.c_char_p
+        for name in ("forward_scratch", "backward_scratch"):
+            getattr(self.c, name).restype = ctypes.c_int64
+        self.ran: list[str] = []
+
+    def _problem(self, x, weight, stride, dilation, upsample, act, variant) -> Problem:
+        n, c, h, w = x.shape
+        out = [(side * upsample - 1) // stride + 1 for side in (h, w)]
+        dilation = min(dilation, max(h * upsample, w * upsample, 1))
+        sizes = (h, w, *out, weight.shape[-1], stride, dilation, upsample, act, STORAGE[x.dtype], variant)
+        return Problem(n, c, *sizes)
+
+    def _run(self, kind: str, problem: Problem, arguments: ctypes.Structure) -> None:
+        refusal = self.c.why_not(ctypes.byref(problem))
+        assert refusal is None, refusal
+        both = ctypes.byref(problem), ctypes.byref(arguments)
+        scratch = torch.empty(getattr(self.c, f"{kind}_scratch")(*both))
+        arguments.scratch = scratch.data_ptr()
+        self.ran.append(list(VARIANTS)[getattr(self.c, f"{kind}_variant")(*both)])
+        error = getattr(self.c, kind)(*both)
+        if error:
+            raise RuntimeError(f"cuda error {error}")
+
+    def forward(self, x, bn, act, weight, stride, dilation, upsample, stats, variant=0) -> tuple[Tensor, Tensor]:
+        x, weight = dense(x), weight.contiguous()
+        problem = self._problem(x, weight, stride, dilation, upsample, act, variant)
+        y = empty(x, problem.n, problem.c, problem.out_h, problem.out_w)
+        found = torch.zeros(2 if stats else 0, problem.c)
+        if y.numel():
+            self._run("forward", problem, Forward(*map(pointer, (x, bn, weight, y, found if stats else None)), None))
+        return y, found
+
+    def backward(self, dy, y, c, x, bn, act, weight, stride, dilation, upsample, variant=0) -> tuple[Tensor, Tensor, Tensor]:
+        dy, y, x, weight = dense(dy), None if y is None else dense(y), dense(x), weight.contiguous()
+        problem = self._problem(x, weight, stride, dilation, upsample, act, variant)
+        du, dweight = empty(x, *x.shape), torch.zeros_like(weight)
+        sums = torch.zeros(0 if bn is None else 2, problem.c)
+        tensors = (dy, y, c, x, bn, weight, du, dweight, None if bn is None else sums)
+        if dy.numel():
+            self._run("backward", problem, Backward(*map(pointer, tensors), None))
+        return du, dweight, sums
+
+
+def dense(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
