@@ -96,7 +96,6 @@ def flow_cell_bwd(
             *(gs, h1, packed.w_dw, packed.w_out, packed.live, da2, parts[chunk], *sizes, *ends),
             **dots,
             BLOCK_Z=plan.block_z,
-            num_warps=8,
         )
         flow_cell_da1_kernel[(tasks, plan.across)](
             *(da2, h1, packed.w_dw, packed.live, parts[chunk], *sizes, *ends), **plan.shared, num_warps=8
