@@ -51,10 +51,17 @@ class _Join(torch.autograd.Function):
             which = sorted(ctx.vectors)
             u, v = ([ctx.vectors[i][k] for i in which] for k in (0, 1))
             others = [found[i] for i in which]
-            if ctx.impl == "cpu" and not torch.is_grad_enabled():
+            if ctx.impl != "reference" and not torch.is_grad_enabled():
                 parts = [n for i in which for n in ctx.layouts[i]]
-                args = others, dsigma.expand(len(which)), torch.cat(u), torch.cat(v), parts
-                joined = torch.ops.nvae_fast.power_iteration_add(*args)
+                factors = dsigma.expand(len(which)), torch.cat(u), torch.cat(v), parts
+                if ctx.impl == "cpu":
+                    joined = torch.ops.nvae_fast.power_iteration_add(others, *factors)
+                else:
+                    joined = torch.ops.nvae_fast.power_iteration_bwd(*factors)
+                    both = [k for k, g in enumerate(others) if g is not None]
+                    sums = torch._foreach_add([others[k] for k in both], [joined[k] for k in both]) if both else []
+                    for k, total in zip(both, sums, strict=True):
+                        joined[k] = total
             else:  # torch's operations, which can be differentiated again
                 sizes = [ctx.layouts[i][1 : 1 + ctx.layouts[i][0]] for i in which]
                 products = [torch.outer(dsigma * a, b).view(size) for a, b, size in zip(u, v, sizes, strict=True)]

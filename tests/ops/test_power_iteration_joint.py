@@ -168,7 +168,7 @@ def test_nothing_is_left_behind():
 
 def test_reference_is_differentiable_twice():
     weights, vectors, _ = drawn(torch.float64, "contiguous")
-    vectors = [(u.double(), v.double()) for u, v in vectors]
+    vectors = [(u.double(), v.double()) for u, v in vectors[1:3]]
 
     def joined(*weights):
         joint = Joint()
