@@ -255,7 +255,8 @@ def nvlabs_arch(name: str) -> dict[str, list[str]]:
 def to_nvlabs_args(config: NVAEConfig) -> dict[str, Any]:
     """The public code's flags for `config`, with its defaults for what we do not use."""
     own = {"name", "image_size", "channels", "padding", "likelihood", "compat", "training",
-           "kl_balance", "adamax_eps", "data", "dataset", "binarize", "flip"}  # fmt: skip
+           "kl_balance", "adamax_eps", "data", "dataset", "binarize", "flip",
+           "accumulate", "max_grad_norm", "ema_decay"}  # fmt: skip
     fields = {f.name: _KINDS.get(str(f.type), str)(getattr(part, f.name))
               for part in (config, config.training) for f in dataclasses.fields(part) if f.name not in own}  # fmt: skip
     if config.output_likelihood == "normal":

@@ -22,6 +22,7 @@ from nvae_fast.training.signals import Interrupted
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: no process is that much later than another unless something hangs
 BEAT, MISSED = 1.0, 8  # seconds between signs of life; how many may fail to come
+CONNECT, VERDICT = timedelta(seconds=5), 20.0  # for a word with the store; until it is known which process was lost, in seconds
 ENDINGS = (InputError, RunError, Interrupted, KeyboardInterrupt)  # those that the command line turns into one line
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -170,7 +171,7 @@ class Watch(threading.Thread):
         self._parent = os.getppid()
 
     def _connect(self) -> dist.TCPStore:
-        return dist.TCPStore(*self._place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return dist.TCPStore(*self._place, is_master=False, wait_for_workers=False, timeout=CONNECT)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
@@ -190,7 +191,7 @@ class Watch(threading.Thread):
                     self._end(None, int(self._store.get(self._key("failed"))))
             except RuntimeError:  # its host is gone, or this machine was suspended
                 refused += 1
-                if refused == 3:
+                if refused == 2:  # nor does it take a new connection
                     self._end("process 0, or the machine it ran on, is gone")
                 continue
             refused = 0
@@ -231,7 +232,7 @@ class Watch(threading.Thread):
         A failed collective is no error of this process: it waits until it is known which one was lost.
         """
         if isinstance(error, RuntimeError) and not isinstance(error, RunError) and self.is_alive():
-            self.join((MISSED + 5) * BEAT)  # ends the process if another one is lost
+            self.join(VERDICT)  # ends the process if another one is lost
         self.stop()
         try:
             first = self._first()
