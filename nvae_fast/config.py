@@ -75,14 +75,8 @@ class TrainConfig:
             )
         for name in ("learning_rate", "adamax_eps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in (
-            "max_grad_norm",
-            "learning_rate_min",
-            "weight_decay",
-            "weight_decay_norm",
-            "kl_anneal_portion",
-            "kl_const_portion",
-        ):
+        portions = "kl_anneal_portion", "kl_const_portion"
+        for name in ("max_grad_norm", "learning_rate_min", "weight_decay", "weight_decay_norm", *portions):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.weight_decay_norm_anneal:
             for name in ("weight_decay_norm", "weight_decay_norm_init"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.cells import ARCHITECTURES, ActConv, Cell, DecoderCombiner, EncoderCombiner
+from nvae_fast.checkpoint.model_files import ModelFiles
 from nvae_fast.config import NVAEConfig
 from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
 from nvae_fast.errors import InputError
@@ -32,7 +32,7 @@ class NVAEOutput(NamedTuple):
     log_p: Tensor  # [B] and under the prior
 
 
-class NVAE(nn.Module):
+class NVAE(ModelFiles, nn.Module):
     """The model of a configuration. Images are [B, C, H, W] in [0, 1]; latents are drawn top-down, group 0 the smallest.
 
     `parameters()` come in the order of the public code, so that optimiser states carry over.
@@ -246,7 +246,7 @@ class NVAE(nn.Module):
             "log_q": out.log_q, "log_p": out.log_p,
         }  # fmt: skip
 
-    # ---- parts and files -------------------------------------------------------------------------------------------------
+    # ---- parts ----------------------------------------------------------------------------------------------------------
 
     def convolutions(self) -> list[nn.Conv2d]:
         """Every convolution of the model, in parameter order."""
@@ -265,32 +265,6 @@ class NVAE(nn.Module):
             if isinstance(module, (InvertedResidual, ActConv)):
                 module.memory = mode
         return self
-
-    def load_nvlabs_state_dict(self, state_dict) -> None:
-        """Load a state dict with the public code's key names; strict, but for the optional `weight_normalized` twins."""
-        from nvae_fast.checkpoint.nvlabs import from_nvlabs_state_dict
-
-        from_nvlabs_state_dict(self, state_dict)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors into `directory` (each file whole or not at all)."""
-        from nvae_fast.checkpoint.native import save_model
-
-        save_model(self, directory)
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None, **options: Any) -> NVAE:
-        """The model in a folder, or of that name on the Hugging Face Hub (`nvae_fast.hub.fetch`), in eval mode."""
-        from nvae_fast.checkpoint.native import load_model
-        from nvae_fast.hub import fetch
-
-        return load_model(fetch(name_or_folder, revision=revision, **options))
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the model and its card to the Hugging Face Hub (`nvae_fast.hub.push`); returns the page's address."""
-        from nvae_fast.hub import push
-
-        return push(self, repo_id, **options)
 
     def _check_images(self, x: Tensor) -> None:
         expected = (self.config.channels, *self.config.image_size)
