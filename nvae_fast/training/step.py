@@ -137,7 +137,7 @@ class TrainingStep:
             self._grown += 1
             self._grown *= 1 - skipped
             grow = self._grown == GROWTH_INTERVAL
-            self.scale *= torch.where(take, torch.where(grow, 2.0, 1.0), 0.5)
+            self.scale *= 1 + grow.float() - 0.5 * skipped  # no torch.where of numbers: it copies them to the device
             self._grown *= ~grow
         return terms | {"grad_norm": found["grad_norm"], "skipped": skipped}
 
