@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from nvae_fast.cells import FactorizedReduce, UpsampleProject
+from nvae_fast.cells import DecoderCombiner, FactorizedReduce, UpsampleProject
 from nvae_fast.layers import WeightNormConv2d
 
 
@@ -34,7 +34,19 @@ class PlainUpsample(UpsampleProject):
         return self.conv(tf.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
 
 
-PLAIN = {WeightNormConv2d: PlainConv, FactorizedReduce: PlainReduce, UpsampleProject: PlainUpsample}
+class PlainCombiner(DecoderCombiner):
+    """One convolution of both, concatenated."""
+
+    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+        return self.conv(torch.cat([h, z.to(h.dtype)], dim=1))
+
+
+PLAIN = {
+    WeightNormConv2d: PlainConv,
+    FactorizedReduce: PlainReduce,
+    UpsampleProject: PlainUpsample,
+    DecoderCombiner: PlainCombiner,
+}
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -165,11 +165,12 @@ class EncoderCombiner(nn.Module):
 
 
 class DecoderCombiner(nn.Module):
-    """Conv1x1(concat[h, z]): the drawn latent enters the top-down state."""
+    """Conv1x1(concat[h, z]): the drawn latent enters the top-down state. As a sum of two products, nothing is concatenated."""
 
     def __init__(self, channels: int, latent_channels: int) -> None:
         super().__init__()
         self.conv = WeightNormConv2d(channels + latent_channels, channels, 1)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        return self.conv(torch.cat([h, z.to(h.dtype)], dim=1))
+        of_h, of_z = self.conv.effective_weight().split((h.shape[1], z.shape[1]), dim=1)
+        return self.conv._conv_forward(h, of_h, self.conv.bias) + self.conv._conv_forward(z.to(h.dtype), of_z, None)
