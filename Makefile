@@ -8,7 +8,8 @@ PYTEST_ARGS ?= -q
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-# One process each, so that no part depends on what another imported or set.
+# One process each, so that no part depends on what another imported or set; as many at a time as there are processors.
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 PARTS  := $(sort $(patsubst %/,%,$(dir $(wildcard tests/*/test_*.py))))
 # Stamps carry what they were made with, so that another torch or another kind of build is another stamp.
 DEPS   := $(VENV)/.deps-$(subst =,-,$(TORCH))
@@ -17,7 +18,7 @@ DEV    := $(VENV)/.dev
 # Requirements as pyproject.toml lists them.
 LIST    = $(BIN)/python -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))'
 
-.PHONY: help install demo test soak gpu lint clean
+.PHONY: help install demo test soak gpu lint clean $(PARTS)
 
 help:
 	@echo "make install   $(VENV) with torch, the package (editable) and its native extension"
@@ -43,7 +44,10 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py --commit $(COMMIT) --out $(or $(OUT),benchmarks/results/gpu)
 
 test: lint
-	@set -e; export OMP_NUM_THREADS=1; for part in $(PARTS); do echo "pytest $$part"; $(BIN)/pytest $(PYTEST_ARGS) $$part; done
+	@$(MAKE) --no-print-directory --keep-going --output-sync=target --jobs=$(JOBS) $(PARTS)
+
+$(PARTS):
+	@echo "pytest $@"; OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS) $@
 
 soak: install $(DEV)
 	OMP_NUM_THREADS=1 NVAE_FAST_KILLS=50 $(BIN)/pytest $(PYTEST_ARGS) -s tests/training/test_signals.py -k random_moments
