@@ -51,14 +51,16 @@ class NormConfig(NamedTuple):
     group: dist.ProcessGroup | None
 
 
-def check_beside(x: Tensor, **tensors: Tensor | None) -> None:
-    """Raises in one line where one of the named tensors is no floating-point tensor on the device of x. A tensor on "meta"
-    among others would silently make an op return its shapes alone."""
+def check_beside(x: Tensor, *, beside: str = "x", **tensors: Tensor | None) -> None:
+    """Raises in one line where one of the named tensors is no floating-point tensor on the device of x, which the caller calls
+    `beside`. A tensor on "meta" among others would silently make an op return its shapes alone."""
     for name, t in tensors.items():
         if t is not None and not t.is_floating_point():
             raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor; convert it with .float()")
         if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}: expected {x.device}, where x is; move it there with .to(x.device)")
+            raise ValueError(
+                f"{name} is on {t.device}: expected {x.device}, where {beside} is; move it there with .to({beside}.device)"
+            )
 
 
 def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "norm") -> None:

@@ -25,6 +25,8 @@ def can_run(tensors: Sequence[Tensor]) -> str | None:
             return f"it takes cuda tensors, not {t.device.type}"
         if t.dtype not in DTYPES:
             return f"it takes float32, bfloat16 or float16, not {str(t.dtype).removeprefix('torch.')}"
+        if t.device != tensors[0].device:
+            return f"it takes tensors of one device, not of {tensors[0].device} and {t.device}"
     return _missing() or (_too_old(tensors[0].device.index or 0) if tensors else None)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nvae_fast.kernels import _impl
+from nvae_fast.kernels._norm import check_beside
 from nvae_fast.kernels.flow_cell import ops, reference
 
 _impl.register("flow_cell", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
@@ -33,14 +34,14 @@ def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Te
             reference alone can be differentiated twice.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError, TypeError: shapes, devices or dtypes that do not match.
         RuntimeError: an `impl` that cannot run on these tensors; a second derivative of the native implementation.
 
     Source: NVAE, arXiv 2007.03898, section 3.4; van den Oord et al., arXiv 1601.06759 (masks).
     """
     if z.dim() != 4 or not z.is_floating_point():
         raise ValueError(f"z of shape {tuple(z.shape)} and {z.dtype}: expected a floating-point [B, Z, H, W]")
-    channels, hidden = z.shape[1], w_in.shape[0]
+    channels, hidden = z.shape[1], w_in.shape[0] if w_in.dim() else 0
     expected = {
         "w_in": (w_in, (hidden, channels, 3, 3)),
         "w_dw": (w_dw, (hidden, 1, 5, 5)),
@@ -50,6 +51,7 @@ def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Te
     for name, (t, shape) in expected.items():
         if t.shape != shape:
             raise ValueError(f"{name} of shape {tuple(t.shape)}: expected {shape} for z of {channels} channels")
+    check_beside(z, beside="z", w_in=w_in, w_dw=w_dw, w_out=w_out, bias_out=bias_out)
     if _impl.resolve_impl("flow_cell", impl, z, w_in, w_dw, w_out, bias_out) == "reference":
         return reference.flow_cell(z, w_in, w_dw, w_out, bias_out)
     return ops.FlowCell.apply(z, w_in, w_dw, w_out, bias_out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _impl
+from nvae_fast.kernels._norm import check_beside
 from nvae_fast.kernels.weight_norm import ops, reference
 
 _impl.register("weight_norm", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
@@ -43,7 +44,7 @@ def weight_norm(
         The effective weights, each in the dtype of its weight; the arithmetic is float32 (float64 for float64).
 
     Raises:
-        ValueError: lists of different lengths, shapes that do not match, a mask that requires a gradient.
+        ValueError: lists of different lengths, shapes or devices that do not match, a mask that requires a gradient.
         RuntimeError: an `impl` that cannot run on these tensors.
 
     Source: Salimans and Kingma, arXiv 1602.07868, with the norm's logarithm learned (NVAE, arXiv 2007.03898).
@@ -53,14 +54,19 @@ def weight_norm(
         counts = f"{n} weights, {len(log_norms)} log_norms, {'no' if masks is None else len(masks)} masks"
         raise ValueError(f"{counts}: expected one of each for every weight; None stands for no mask")
     masks = [None] * n if masks is None else list(masks)
+    device = weights[0].device if n else None
     for i, (w, l, m) in enumerate(zip(weights, log_norms, masks, strict=True)):  # noqa: E741 (the formula's name)
         if w.dim() < 2 or not w.is_floating_point():
             raise ValueError(f"weights[{i}] of shape {tuple(w.shape)}: expected floating-point [O, ...] of rank >= 2")
         expected = (w.shape[0],) + (1,) * (w.dim() - 1)
         if l.shape != expected:
             raise ValueError(f"log_norms[{i}] of shape {tuple(l.shape)}: expected {expected}, one per output channel")
+        if not (w.device == l.device == device and l.is_floating_point()):
+            check_beside(weights[0], beside="weights[0]", **{f"weights[{i}]": w, f"log_norms[{i}]": l})
         if m is None:
             continue
+        if m.device != device:
+            raise ValueError(f"masks[{i}] is on {m.device}: expected {device}, where weights[0] is")
         if m.shape != w.shape:
             raise ValueError(f"masks[{i}] of shape {tuple(m.shape)}: expected the weight's, {tuple(w.shape)}")
         if m.requires_grad:

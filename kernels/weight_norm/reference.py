@@ -29,6 +29,6 @@ def _weight_norm(weight: Tensor, log_norm: Tensor, mask: Tensor | None, eps: flo
             w = w * mask.to(work)
         squares = w.square().sum(dim=tuple(range(1, w.dim())), keepdim=True)
         # The square root has an infinite slope at 0: take it of 1 there, so that the unselected branch stays finite.
-        positive = squares > 0
-        norm = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+        some = squares != 0  # NaN among them
+        norm = torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
         return (torch.exp(log_norm.to(work)) * w / (norm + eps)).to(weight.dtype)

@@ -50,8 +50,12 @@ def test_only_x_is_kept():
     [
         (dict(weight=torch.zeros(4, 3, 3, 3)), r"weight has shape \(4, 3, 3, 3\): expected \[C_out, 5, k, k\]"),
         (dict(bias=torch.zeros(3)), r"bias has shape \(3,\): expected \(4,\)"),
-        (dict(stride=0), "stride 0: expected at least 1"),
-        (dict(padding=-1), "padding -1: expected at least 0"),
+        (dict(stride=0), "stride 0: expected an integer of at least 1"),
+        (dict(stride=(1, 1)), r"stride \(1, 1\): expected an integer of at least 1, for both axes"),
+        (dict(padding=-1), "padding -1: expected an integer of at least 0"),
+        (dict(padding="same"), "padding 'same': expected an integer of at least 0"),
+        (dict(norm=None), "norm is None: expected a Norm"),
+        (dict(bias=torch.zeros(4, device="meta")), "bias is on meta: expected cpu, where x is"),
         (dict(act="relu"), "act 'relu': expected one of identity, swish, elu"),
     ],
 )

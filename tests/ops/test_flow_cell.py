@@ -155,6 +155,12 @@ def test_bfloat16():
         (1, torch.zeros(12, 3, 3, 3), r"w_in of shape \(12, 3, 3, 3\): expected \(12, 2, 3, 3\)"),
         (2, torch.zeros(12, 1, 3, 3), r"w_dw of shape .* expected \(12, 1, 5, 5\)"),
         (4, torch.zeros(3), r"bias_out of shape \(3,\): expected \(2,\)"),
+        (1, torch.tensor(1.0), r"w_in of shape \(\): expected \(0, 2, 3, 3\)"),
+        (
+            4,
+            torch.zeros(2, device="meta"),
+            r"bias_out is on meta: expected cpu, where z is; move it there with \.to\(z\.device",
+        ),
     ],
 )
 def test_bad_arguments(position, value, message):

@@ -131,6 +131,14 @@ def test_bfloat16():
         assert (y.double() - exact).abs().max() <= 2 * (error + torch.finfo(y.dtype).eps * exact.abs().max())
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_nan_takes_its_row(impl):
+    weight = torch.ones(3, 4)
+    weight[1, 2] = torch.nan
+    (y,) = weight_norm([weight], [torch.zeros(3, 1)], impl=impl)
+    assert y.isnan().all(dim=1).tolist() == [False, True, False] and y.isnan().sum() == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +148,11 @@ def test_bfloat16():
         (([torch.zeros(2, 3)], [torch.zeros(2)]), r"log_norms\[0\] of shape \(2,\): expected \(2, 1\)"),
         (([torch.zeros(2, 3)], [torch.zeros(2, 1)], [torch.zeros(3)]), r"masks\[0\] of shape \(3,\)"),
         (([torch.zeros(2, 3)], [torch.zeros(2, 1)], [torch.ones(2, 3, requires_grad=True)]), r"masks\[0\] requires a grad"),
+        (
+            ([torch.zeros(2, 3)], [torch.zeros(2, 1, device="meta")]),
+            r"log_norms\[0\] is on meta: expected cpu, where weights\[0",
+        ),
+        (([torch.zeros(2, 3)], [torch.zeros(2, 1)], [torch.ones(2, 3, device="meta")]), r"masks\[0\] is on meta: expected cpu"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -13,9 +13,9 @@ from nvae_fast import functional as F
 from nvae_fast.kernels import _impl, _triton
 
 
-def on_cuda(dtype: torch.dtype, requires_grad: bool = False) -> SimpleNamespace:
+def on_cuda(dtype: torch.dtype, requires_grad: bool = False, index: int = 0) -> SimpleNamespace:
     shape = torch.Size((8, 1, 5, 5))
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, requires_grad=requires_grad, shape=shape)
+    return SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, requires_grad=requires_grad, shape=shape)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def modern_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "op",
     [
-        *("bn_act", "depthwise_conv", "inverted_residual", "pointwise_conv", "se_residual"),
+        *("bn_act", "conv2d", "depthwise_conv", "inverted_residual", "pointwise_conv", "se_residual"),
         *("residual_normal", "logistic_mixture_log_prob", "flow_cell", "power_iteration", "weight_norm"),
     ],
 )
@@ -43,6 +43,8 @@ def test_auto_takes_it_for_cuda_tensors_and_for_no_others(modern_gpu, op, dtype)
 def test_other_types_and_machines_are_refused_with_the_reason(modern_gpu, monkeypatch):
     reason = "it takes float32, bfloat16 or float16, not float64"
     assert _impl.explain("bn_act", on_cuda(torch.float64))["triton"] == reason
+    reason = "it takes tensors of one device, not of cuda:0 and cuda:1"
+    assert _impl.explain("flow_cell", on_cuda(torch.float32), on_cuda(torch.float32, index=1))["triton"] == reason
     monkeypatch.setattr(_triton, "_too_old", lambda index: "it needs compute capability 8.0, this GPU has 7.0")
     assert _impl.resolve_impl("bn_act", "auto", on_cuda(torch.float32)) == "reference"
     monkeypatch.setattr(_triton, "_missing", lambda: "triton is not installed")
