@@ -47,4 +47,4 @@ def choose(op: str, impl: str, images: Sequence[Tensor], others: Sequence[Tensor
     if not fused:
         needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*images, *others))
         wins = wins and not rule.fused and (not rule.gradient or needs_gradient)
-    return impl if wins else _impl.without("cpu")
+    return impl if wins else _impl.unless_chosen(op)

@@ -44,17 +44,17 @@ class use_impl:
     def __init__(self, name: str) -> None:
         _check_name(name)
         self.name = name
-        self._previous = "auto"
+        self._previous: list[str] = []  # a stack: one object may be entered again inside itself
 
     def __enter__(self) -> use_impl:
         global _setting
-        self._previous = _setting
+        self._previous.append(_setting)
         _setting = self.name
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         global _setting
-        _setting = self._previous
+        _setting = self._previous.pop()
 
 
 def resolve_impl(op: str, impl: str, *tensors: Tensor | None) -> str:
@@ -83,10 +83,10 @@ def resolve_impl(op: str, impl: str, *tensors: Tensor | None) -> str:
     return impl
 
 
-def without(name: str) -> str:
-    """What `impl="auto"` becomes for a call for which the rule in an op's api.py leaves `name` out: the reference, unless
-    `use_impl` asks for `name`."""
-    return "auto" if _setting == name else "reference"
+def unless_chosen(op: str) -> str:
+    """What `impl="auto"` becomes for a call for which the rule in the op's api.py prefers the reference: that, unless
+    `use_impl` asks for another implementation that the op has."""
+    return "auto" if _setting in _ops[op] else "reference"
 
 
 def explain(op: str, *tensors: Tensor) -> dict[str, str | None]:
@@ -114,6 +114,8 @@ def native_predicate(device: str, *dtypes: torch.dtype) -> Predicate:
                 return f"it takes {device} tensors, not {t.device.type}"
             if t.dtype not in dtypes:
                 return f"it takes {' or '.join(map(_short, dtypes))}, not {_short(t.dtype)}"
+            if t.device != tensors[0].device:
+                return f"it takes tensors of one device, not of {tensors[0].device} and {t.device}"
         return _native_reason()
 
     return predicate

@@ -72,7 +72,7 @@ def se_residual(
             f"bn of shape {tuple(bn.shape)} and {bn.dtype}: expected float32 (5, {x.shape[1]}), as inverted_residual returns it"
         )
     if skip.dtype != x.dtype and impl == "auto":
-        impl = _impl.without("triton" if x.is_cuda else "cpu")
+        impl = _impl.unless_chosen("se_residual")
     impl = _auto.choose("se_residual", impl, [skip, x], [] if absent else [w1], fused=bn is not None)
     if _impl.resolve_impl("se_residual", impl, skip, x) == "reference":
         x = x if bn is None else ApplyNorm.apply(x, bn)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nvae_fast import env
+from nvae_fast import functional as F
 from nvae_fast.kernels import _impl, use_impl
 from nvae_fast.kernels import residual_normal as rn
 
@@ -68,6 +69,20 @@ def test_use_impl_changes_auto_only(table):
     assert table.resolve_impl("op", "auto", X) == "cpu"
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
         use_impl("fast")
+    block = use_impl("reference")
+    with block, block:
+        pass
+    assert table.resolve_impl("op", "auto", X) == "cpu"
+
+
+def test_a_chosen_implementation_that_cannot_run_raises_also_where_auto_would_prefer_the_reference():
+    planar, weight = torch.zeros(2, 8, 4, 4), torch.zeros(8, 1, 3, 3)
+    with use_impl("triton"), pytest.raises(RuntimeError, match="depthwise_conv: impl='triton' cannot run: it takes cuda"):
+        F.depthwise_conv(planar, weight)
+    with use_impl("triton"), pytest.raises(RuntimeError, match="se_residual: impl='triton' cannot run: it takes cuda"):
+        F.se_residual(planar, planar.bfloat16(), None, None, None, None)
+    with use_impl("cuda"):  # of which bn_act has none
+        F.bn_act(planar, None, None, None, None, training=True)
 
 
 def test_use_impl_is_undone_by_an_error(table):
