@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nvae_fast.kernels import _impl
+from nvae_fast.kernels._norm import check_beside
 from nvae_fast.kernels.power_iteration import ops, reference
 
 _impl.register("power_iteration", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
@@ -43,7 +44,7 @@ def power_iteration(
         views of one buffer, and all v of another.
 
     Raises:
-        ValueError: no weights, lists of different lengths, shapes that do not match, negative iterations.
+        ValueError: no weights, lists of different lengths, shapes or devices that do not match, negative iterations.
         RuntimeError: an `impl` that cannot run.
 
     Source: Yoshida and Miyato, arXiv 1705.10941; NVAE, arXiv 2007.03898, section 3.2.
@@ -54,7 +55,7 @@ def power_iteration(
         raise ValueError(f"{len(weights)} weights, {len(u)} u, {len(v)} v: expected one u and one v for each weight")
     if iterations < 0:
         raise ValueError(f"iterations {iterations}: expected 0 or more")
-    rows, columns = [], []
+    rows, columns, device = [], [], weights[0].device
     for i, (w, left, right) in enumerate(zip(weights, u, v, strict=True)):
         size = w.shape
         if len(size) < 2 or 0 in size or not w.is_floating_point():
@@ -66,7 +67,9 @@ def power_iteration(
                 f"u[{i}], v[{i}] of shapes {tuple(left.shape)}, {tuple(right.shape)}: expected ({rows[i]},), "
                 f"({columns[i]},) for a weight of shape {tuple(size)}"
             )
+        if not w.device == left.device == right.device == device:
+            check_beside(weights[0], beside="weights[0]", **{f"weights[{i}]": w, f"u[{i}]": left, f"v[{i}]": right})
     if _impl.resolve_impl("power_iteration", impl, *weights) == "reference":
         return reference.power_iteration(weights, u, v, iterations=iterations, eps=eps)
-    sigma, new_u, new_v = ops.PowerIteration.apply(iterations, eps, u, v, *weights)
+    sigma, new_u, new_v = ops.PowerIteration.apply(iterations, eps, *weights, *u, *v)
     return sigma, list(new_u.split(rows)), list(new_v.split(columns))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._autograd import first_order, thirds
 from nvae_fast.kernels._impl import native_predicate
 
 # u and v come back laid end to end: outputs of an op may not share memory, and one buffer is cheaper than one per weight.
@@ -62,12 +62,12 @@ def layouts(weights: Sequence[Tensor]) -> list[int]:
 
 
 class PowerIteration(torch.autograd.Function):
-    """(sigma, u, v) with u and v end to end, which are all that it keeps for the backward."""
+    """`apply(iterations, eps, *weights, *u, *v)`, a third each (torch.compile mixes up lists among the arguments). Returns
+    (sigma, u, v) with u and v end to end, which are all that it keeps for the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, iterations: int, eps: float, u: Sequence[Tensor], v: Sequence[Tensor], *weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, iterations: int, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, u, v = thirds(tensors)
         sigma, new_u, new_v = torch.ops.nvae_fast.power_iteration_fwd(weights, u, v, iterations, eps)
         ctx.layouts = layouts(weights)
         ctx.dtypes = [w.dtype for w in weights]
@@ -80,7 +80,8 @@ class PowerIteration(torch.autograd.Function):
     @first_order("power_iteration")
     def backward(ctx: Any, dsigma: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dsigma is None:
-            return (None,) * (4 + len(ctx.dtypes))
+            return (None,) * (2 + 3 * len(ctx.dtypes))
         u, v = ctx.saved_tensors
         grads = torch.ops.nvae_fast.power_iteration_bwd(dsigma, u, v, ctx.layouts)
-        return (None, None, None, None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)))
+        grads = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return (None, None, *grads, *(None for _ in range(2 * len(ctx.dtypes))))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._autograd import first_order, thirds
 from nvae_fast.kernels._impl import native_predicate
 
 _INPUTS = "Tensor[] weights, Tensor[] log_norms, Tensor?[] masks"
@@ -49,18 +49,13 @@ class WeightNorm(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return tuple(torch.ops.nvae_fast.weight_norm_fwd(*_thirds(tensors), eps))
+        return tuple(torch.ops.nvae_fast.weight_norm_fwd(*thirds(tensors), eps))
 
     @staticmethod
     @first_order("weight_norm")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = torch.ops.nvae_fast.weight_norm_bwd(grads, *_thirds(ctx.saved_tensors), ctx.eps)
+        found = torch.ops.nvae_fast.weight_norm_bwd(grads, *thirds(ctx.saved_tensors), ctx.eps)
         # Only effective weights that were used have gradients; the others' parameters keep none, as in the reference.
         present = iter(found)
         per_input = [None if g is None else next(present) for g in (*grads, *grads)]
         return (None, *per_input, *(None for _ in grads))
-
-
-def _thirds(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    n = len(tensors) // 3
-    return tensors[:n], tensors[n : 2 * n], tensors[2 * n :]

@@ -150,11 +150,13 @@ def test_opcheck(layout):
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
-def test_compiles_without_a_graph_break(impl):
+@pytest.mark.parametrize("inside", [False, True])  # whether the vectors are made by what is compiled
+def test_compiles_without_a_graph_break(impl, inside):
     weights, u, v = make()
 
     def f(*args):
-        sigma, new_u, new_v = power_iteration(args, u, v, iterations=2, impl=impl)
+        left, right = ([t * 1.0 for t in ts] if inside else ts for ts in (u, v))
+        sigma, new_u, new_v = power_iteration(args, left, right, iterations=2, impl=impl)
         return sigma.sum(), [*new_u, *new_v]
 
     torch._dynamo.reset()
@@ -226,6 +228,7 @@ def test_zero_matrix_is_finite(impl):
         ({"weights": [torch.zeros(2, 3), torch.zeros(3)]}, r"weights\[1\] of shape \(3,\)"),
         ({"u": [torch.zeros(2), torch.zeros(3)]}, r"u\[1\], v\[1\] of shapes \(3,\), \(3,\): expected \(2,\), \(3,\)"),
         ({"iterations": -1}, "iterations -1: expected 0 or more"),
+        ({"v": [torch.zeros(3), torch.zeros(3, device="meta")]}, r"v\[1\] is on meta: expected cpu, where weights\[0\] is"),
     ],
 )
 def test_bad_arguments(change, message):
