@@ -20,6 +20,7 @@ from nvae_fast.cli.flags import (
     add_device_flag,
     add_reading_flags,
     add_seed_flag,
+    device_of,
     load_model,
     require_at_least_1,
     temperatures,
@@ -70,7 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_ema_flag(parser)
     add_seed_flag(parser)
     for name in ("master_address", "local_rank", "world_size"):
-        parser.add_argument(f"--{name}", help="accepted: there is one process")
+        parser.add_argument(f"--{name}", help="accepted: torchrun tells")
     add_device_flag(parser)
     add_reading_flags(parser)
 
@@ -88,9 +89,17 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_mode == "evaluate_fid":
         metrics, args.features = ["fd"], "inception"
         args.inception_weights = args.inception_weights or (args.fid_dir and str(Path(args.fid_dir) / FID_FILE))
+    args.model = args.model or args.checkpoint
+    from nvae_fast.training.distributed import joined
+
+    with joined(device_of(args)) as processes:
+        args.device = str(processes.device)
+        _score(args, metrics)
+
+
+def _score(args: argparse.Namespace, metrics: list[str]) -> None:
     from nvae_fast.readjust import fingerprint
 
-    args.model = args.model or args.checkpoint
     model = load_model(args.model, args)
     path = Path(args.model)
     folder = Path(args.save) if args.save else path if path.is_dir() else path.parent

@@ -49,7 +49,7 @@ class Processes:
         """The largest of the values that all processes pass."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value)
+        tensor = torch.tensor(int(value))
         dist.all_reduce(tensor, dist.ReduceOp.MAX)  # on the CPU: no GPU has to wait for it
         return int(tensor)
 

@@ -49,9 +49,15 @@ def validate(trainer: Trainer, train_loss: float, seconds: float) -> Likelihood:
 
 
 def _batches(trainer: Trainer) -> Iterator[Tensor]:
-    for x in trainer.valid_loader:
+    """The validation batches of this process. It asks the others as long as any of them has one: shares may be unequal."""
+    batches = iter(trainer.valid_loader)
+    while True:
+        x = next(batches, None)
+        if not trainer.processes.largest(x is not None):
+            return
         trainer.stop_if_asked()
-        yield x
+        if x is not None:
+            yield x
 
 
 def _pictures(trainer: Trainer) -> None:

@@ -37,14 +37,15 @@ def fork(job, argv, writing, env):
     if pid:
         return pid
     os.environ.update(env)
-    os.dup2(writing, 2)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    for stream in (1, 2):
+        os.dup2(writing, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if job["die_at"]:
         die_at(job["die_at"])
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
     code = nvae_fast.cli.main(argv)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # taking torch down takes seconds
 
@@ -54,7 +55,7 @@ def env_of(rank, size, port):
 
 for line in sys.stdin:
     job = json.loads(line)
-    reading, writing = os.pipe()  # stderr: not a file, for which file_limit would hold, too
+    reading, writing = os.pipe()  # stdout and stderr: not a file, for which file_limit would hold, too
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,12 +93,12 @@ class Processes:
         return [int(pid) for pid in self._answer().split()]
 
     def wait(self) -> tuple[int, str]:
-        """Exit code (negative: a signal) and stderr of the process that was started last."""
+        """Exit code (negative: a signal) and output (stdout and stderr) of the process that was started last."""
         (code,), err = self.wait_for_all()
         return code, err
 
     def wait_for_all(self) -> tuple[list[int], str]:
-        """Exit codes and common stderr of the processes that were started last."""
+        """Exit codes and common output of the processes that were started last."""
         return [int(code) for code in self._answer().split()], self.err.read_text()
 
     def run(self, *argv: object, **options: int) -> tuple[int, str]:

@@ -95,6 +95,32 @@ def test_another_number_of_processes(ranks, processes, train, stop_at, tmp_path,
     assert train(tmp_path / "run", "--resume").code == 0  # one with batches of 16
 
 
+@pytest.mark.parametrize(("total", "valid"), [(49, 5), (12, 1)])
+def test_a_validation_that_cannot_be_shared_out_evenly(ranks, processes, cli, tmp_path, total, valid, waves, metrics):
+    """The second process has a batch less than the first, or none at all; so in `evaluate`, whose numbers are those of one."""
+    np.save(tmp_path / "few.npy", waves(total))
+    run = tmp_path / "run"
+    ranks(run, "--data", tmp_path / "few.npy", "--batch_size", 2, "--epochs", 2, "--warmup_epochs", 0)
+    codes, err = processes.wait_for_all()
+    assert codes == [0, 0], err
+    assert [line["event"] for line in metrics(run)][-1] == "valid"
+    evaluate = ("evaluate", run, "--metrics", "nll,fd", "--num_iw_samples", 2, "--num_samples", 20, "--features", "pixels")
+    one = read_scores(cli, run, *evaluate)
+    processes.start_several([[*evaluate, "--save", tmp_path / "both"]] * 2)
+    codes, out = processes.wait_for_all()
+    assert codes == [0, 0] and out.count(f"{valid} images (valid)") == 1 and out.count("20 samples") == 1, out
+    both = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    assert both["images"] == one["images"] == valid and both["weights"] == one["weights"]
+    assert both["nelbo"] == pytest.approx(one["nelbo"], rel=0.05)  # each process draws noise of its own
+    (label,) = one["distances"]
+    assert both["distances"][label]["value"] == pytest.approx(one["distances"][label]["value"], rel=1e-5)
+
+
+def read_scores(cli, run: Path, *argv: object) -> dict:
+    assert cli(*argv).code == 0
+    return json.loads((run / "evaluation.json").read_text())
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process(ranks, processes, tmp_path, latest, lost):
     run = tmp_path / "run"
