@@ -54,7 +54,7 @@ class Tracer:
         self._fake = FakeTensorMode()
         self._kept_and_peak: dict[tuple[str, int], tuple[int, int]] = {}
         with self._fake:
-            self.model = _channels_last(NVAE(config)).train()
+            self.model = channels_last(NVAE(config)).train()
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def footprint(self, memory: str, batch: int) -> Footprint:
@@ -100,7 +100,7 @@ def available_memory(device: torch.device) -> int:
         return total
 
 
-def _channels_last(model: NVAE) -> NVAE:
+def channels_last(model: NVAE) -> NVAE:
     """As model.to(memory_format=torch.channels_last), which tensors without values refuse."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):

@@ -1,15 +1,20 @@
 """Tell how much memory a training run takes, by part, and the largest batch that fits, before anything is trained.
 
-Takes the flags of `train`. Bytes are those of tensors: allocators, libraries and the process itself come on top.
+Takes the flags of `train`. Bytes are those of tensors: allocators, libraries and the process itself come on top. With --launches:
+how many kernels a GPU would run for a training step instead, ours beside the same model in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from typing import TYPE_CHECKING
 
 from nvae_fast.cli import train
 from nvae_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from nvae_fast.config import NVAEConfig
 
 NAME = "estimate"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -26,6 +31,11 @@ def size(text: str) -> int:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     train.add_flags(parser)
     parser.add_argument("--budget", help="memory to fit into, as 24GB [what this machine, or its GPU, has]")
+    parser.add_argument(
+        "--launches",
+        action="store_true",
+        help="count what a GPU would launch for a step, without one (minutes for deep models)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
 
     device = device_of(args)
     precision = train.precision_of(args, device)
+    if args.launches:
+        print_launches(config, precision)
+        return
     budget = available_memory(device) if budget is None else budget
     tracer = Tracer(config, precision=precision)
     batch = config.training.batch_size
@@ -55,6 +68,29 @@ def run(args: argparse.Namespace) -> None:
             f"  {mode:10s} {readable(f.kept):>17s}   {readable(f.peak):>14s}   {readable(f.per_image):>13s}   "
             f"{f.largest_batch(budget):16d}"
         )
+
+
+def print_launches(config: NVAEConfig, precision: str) -> None:
+    """The counts of `benchmarks.launches`, in all and by name down to those that are a hundredth of ours."""
+    from nvae_fast.benchmarks.launches import GOAL, UPLOAD, count
+
+    ours, plain = count(config, precision=precision)
+    own, uploads = (sum(n for name, n in ours.items() if pick(name)) for pick in (is_kernel, UPLOAD.__eq__))
+    verdict = "at most" if ours.total() <= GOAL else "ABOVE"
+    print(
+        f"{config.name}, batch {config.training.batch_size}, {precision}: launches of a training step on a GPU, counted without one"
+    )
+    print(f"  ours   {ours.total():6d}: {own} of our kernels, {uploads} uploads, {ours.total() - own - uploads} of torch's operations; "
+          f"{verdict} the {GOAL} aimed at")  # fmt: skip
+    print(f"  plain  {plain.total():6d}: {plain.total() / ours.total():.1f} times as many")
+    for name, n in ours.most_common():
+        if n >= ours.total() / 100:
+            print(f"  {n:6d}  {name}")
+
+
+def is_kernel(name: str) -> bool:
+    """Whether a launch of that name is one of our kernels."""
+    return name.endswith("_kernel")
 
 
 def readable(count: float) -> str:

@@ -1,0 +1,88 @@
+"""`benchmarks/launches.py`: what it counts without running a kernel is what Triton's interpreter is asked to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+
+from nvae_fast import functional as F
+from nvae_fast.benchmarks.launches import UPLOAD, Launches, count, weight
+from nvae_fast.cells import Cell
+from nvae_fast.flows import FlowCell
+from nvae_fast.kernels import _auto
+from nvae_fast.layers import InvertedResidual, WeightNormConv2d
+from nvae_fast.model import NVAE
+from nvae_fast.presets import PRESETS
+
+SMALL = dataclasses.replace(
+    PRESETS["demo"], image_size=(8, 8), padding=0, num_latent_scales=1, num_groups_per_scale=2, num_channels_enc=4,
+    num_channels_dec=4, num_preprocess_blocks=1, num_postprocess_blocks=1, num_latent_per_group=4,
+)  # fmt: skip
+
+
+def cell():
+    torch.manual_seed(0)
+    module = Cell(4, 4, ["mconv_e2k3g0"], stride=1, use_se=True).to(memory_format=torch.channels_last).train()
+    x = torch.randn(2, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    module(x).sum().backward()
+
+
+def weights():
+    convs = [WeightNormConv2d(3, 4, 3), WeightNormConv2d(4, 2, 1)]
+    found = F.weight_norm([c.weight for c in convs], [c.log_weight_norm for c in convs], [None, None])
+    u, v = ([torch.randn(n) for n in sizes] for sizes in ((4, 2), (27, 4)))
+    (F.power_iteration(found, u, v, iterations=2)[0].sum() + sum(w.sum() for w in found)).backward()
+
+
+def latents():
+    tensors = [torch.randn(2, 3, 2, 2, requires_grad=True) for _ in range(4)]
+    out = F.residual_normal(*tensors, torch.randn(2, 3, 2, 2))
+    (out.z.sum() + out.kl.sum()).backward()
+
+
+def pixels():
+    params = torch.randn(1, 20, 2, 2, requires_grad=True)
+    F.logistic_mixture_log_prob(torch.rand(1, 3, 2, 2), params, num_mixtures=2).sum().backward()
+
+
+def flow():
+    z = torch.randn(1, 2, 2, 2, requires_grad=True)
+    FlowCell(2)(z).sum().backward()
+
+
+@pytest.mark.parametrize("work", [cell, weights, latents, pixels, flow], ids=lambda f: f.__name__)
+def test_what_is_counted_is_launched(launches, monkeypatch, work):
+    monkeypatch.setattr(_auto, "choose", lambda op, impl, *rest, **options: impl)
+    with launches() as real:
+        work()
+    with Launches().on_gpu() as found:
+        work()
+    kernels = Counter(name for name in real if not name.startswith("torch."))
+    assert kernels and kernels == Counter({name: n for name, n in found.names.items() if name.endswith("_kernel")})
+    for name in ("cat", "clone", "stack", "zeros_like", "copy_", "_foreach_add_"):
+        assert real.count(f"torch.{name}") - (name == "clone") * found.names[UPLOAD] == found.names[f"torch.{name}"], name
+
+
+def test_the_count_of_a_small_preset():
+    """Ours is a cell's 22 and 29 launches, and the rest; the plain model's several times that."""
+    ours, plain = count(SMALL, precision="fp32", batch=2)
+    model = NVAE(SMALL)
+    branches = sum(isinstance(m, InvertedResidual) for m in model.modules())
+    assert ours["pointwise_conv_fwd_kernel"] == 2 * branches and ours["depthwise_conv_du_kernel"] == branches
+    assert ours["adamax_step_kernel"] == ours["adamax_squares_kernel"] == ours["weight_norm_fwd_kernel"] == 1
+    assert ours["logistic_mixture_fwd_kernel"] == 0 and ours["residual_normal_fwd_kernel"] == len(SMALL.latent_shapes)
+    assert not any(name.startswith(("adamax", "pointwise", "power_iteration", "weight_norm")) for name in plain)
+    assert ours.total() <= 528 and plain.total() >= 3.5 * ours.total()  # no step back: lower it with every launch that goes
+
+
+def test_launches_of_operations_of_torch():
+    def of(name, *args, overload="default"):
+        return weight(getattr(getattr(torch.ops.aten, name), overload), args)
+
+    t = torch.zeros(2)
+    assert of("add", t, t, overload="Tensor") == 1 and of("view", t, [2]) == of("empty_like", t) == 0
+    assert of("_foreach_add_", [t] * 111, 1, overload="Scalar") == 2 and of("_foreach_copy_", [t] * 65, [t] * 65) == 2
+    assert of("convolution_backward", t, [True, True, False]) == 2 and of("add_", t, t, overload="Tensor") == 1
