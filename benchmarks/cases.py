@@ -9,10 +9,12 @@ import torch
 
 from nvae_fast.benchmarks.cells import CELLS
 from nvae_fast.benchmarks.ops import OPS, Inputs, Recipe
+from nvae_fast.benchmarks.weights import WEIGHTS
 from nvae_fast.errors import InputError, unknown
 
-RECIPES: dict[str, Recipe] = OPS | CELLS
-SUITES = ("ops", "cell", "step", "check")  # the cases of step are presets (steps.py), those of check are in verify.py
+RECIPES: dict[str, Recipe] = OPS | WEIGHTS | CELLS
+SUITES = ("ops", "cell", "step", "sampling", "memory", "optimizer", "check")
+"""Those after cell have no rows here: presets, one optimiser, and what verify.py lists."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ formula itself, step by step, it is the op's own `reference.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,10 @@ from torch import Generator, Tensor
 from nvae_fast import functional as F
 from nvae_fast.kernels.flow_cell.reference import autoregressive_mask
 from nvae_fast.kernels.logistic_mixture import reference as logistic_mixture
-from nvae_fast.kernels.power_iteration import reference as power_iteration
 from nvae_fast.kernels.residual_normal import reference as residual_normal
 
 Tensors = Sequence[Tensor]
 
-ITERATIONS = 4
 MIXTURES = 10
 
 
@@ -51,6 +49,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def plain(self, inputs: Inputs) -> Tensors: ...
+
+    def rivals(self) -> dict[str, Callable[[Inputs], Tensors]]:
+        """Further plain forms that compete, by name, on the inputs of "eager"."""
+        return {}
 
     def given(self, inputs: Inputs) -> list[Tensor]:
         """The tensors that decide which implementations can run, in the order of the op's arguments."""
@@ -172,78 +174,9 @@ class LogisticMixture(Recipe):
         return [logistic_mixture.logistic_mixture_log_prob(*inputs.data, *inputs.leaves, num_mixtures=MIXTURES)]
 
 
-CONVOLUTIONS = [  # of an NVAE with 64 and 128 channels: (how often of 100, shape), 17.5 MB in all
-    (25, (384, 64, 1, 1)),
-    (25, (384, 1, 5, 5)),
-    (25, (64, 384, 1, 1)),
-    (18, (128, 128, 3, 3)),
-    (7, (64, 64, 3, 3)),
-]
-
-
-class PowerIteration(Recipe):
-    """The shape is the number of matrices."""
-
-    def make(self, shape: Sequence[int], dtype: torch.dtype, g: Generator) -> Inputs:
-        weights = [filters(g, *s).to(dtype) for n, s in CONVOLUTIONS for _ in range(n * shape[0] // 100)]
-        vectors = [normal(g, n) for w in weights for n in (w.shape[0], w[0].numel())]
-        return Inputs(weights, [v / v.norm() for v in vectors])
-
-    def ours(self, impl: str, inputs: Inputs) -> Tensors:
-        u, v = inputs.data[::2], inputs.data[1::2]
-        sigma, u, v = F.power_iteration(inputs.leaves, u, v, iterations=ITERATIONS, impl=impl)
-        return [sigma, *u, *v]
-
-    def plain(self, inputs: Inputs) -> Tensors:
-        sigma, u, v = power_iteration.power_iteration(inputs.leaves, inputs.data[::2], inputs.data[1::2], iterations=ITERATIONS)
-        return [sigma, *u, *v]
-
-    def traffic(self, inputs: Inputs, outputs: Tensors) -> tuple[int, int]:
-        """Every matrix read once a round and once more; its gradient written."""
-        return (ITERATIONS + 1) * size(inputs.leaves), size(inputs.leaves)
-
-
-NORMALISED = [  # (how often of 53, shape, masked): towers, samplers, combiners, and the three of a flow cell
-    (30, (64, 64, 3, 3), False),
-    (10, (40, 64, 3, 3), False),
-    (10, (64, 84, 1, 1), False),
-    (1, (120, 20, 3, 3), True),
-    (1, (120, 1, 5, 5), True),
-    (1, (20, 120, 1, 1), True),
-]
-
-
-def _mask(w: Tensor) -> Tensor:
+def causal_mask(w: Tensor) -> Tensor:
     groups = w.shape[0] if w.shape[1] == 1 else 1
     return autoregressive_mask(w.shape[0], w.shape[1] * groups, w.shape[2], groups, strict=w.shape[2] == 3, mirror=False)
-
-
-def _weight_norm_arguments(inputs: Inputs) -> tuple[Tensors, Tensors, list[Tensor | None]]:
-    """weights, log norms and masks; the masked ones are the last."""
-    n = len(inputs.leaves) // 2
-    return inputs.leaves[:n], inputs.leaves[n:], [None] * (n - len(inputs.data)) + inputs.data
-
-
-class WeightNorm(Recipe):
-    """The shape is the number of convolutions."""
-
-    def make(self, shape: Sequence[int], dtype: torch.dtype, g: Generator) -> Inputs:
-        rows = [(s, masked) for n, s, masked in NORMALISED for _ in range(n)][-shape[0] :]
-        weights = [filters(g, *s) for s, _ in rows]
-        logs = [normal(g, s[0], 1, 1, 1, scale=0.1) for s, _ in rows]
-        masks = [_mask(w) for w, (_, masked) in zip(weights, rows, strict=True) if masked]
-        return Inputs([t.to(dtype) for t in (*weights, *logs)], masks)
-
-    def ours(self, impl: str, inputs: Inputs) -> Tensors:
-        return F.weight_norm(*_weight_norm_arguments(inputs), impl=impl)
-
-    def plain(self, inputs: Inputs) -> Tensors:
-        out = []
-        for w, log_norm, mask in zip(*_weight_norm_arguments(inputs), strict=True):
-            if mask is not None:
-                w = w * mask
-            out.append(w * (log_norm.exp() / (torch.linalg.vector_norm(w, dim=(1, 2, 3), keepdim=True) + 1e-5)))
-        return out
 
 
 class FlowCell(Recipe):
@@ -252,7 +185,7 @@ class FlowCell(Recipe):
     def make(self, shape: Sequence[int], dtype: torch.dtype, g: Generator) -> Inputs:
         c, hidden = shape[1], 6 * shape[1]
         weights = [filters(g, *s) for s in ((hidden, c, 3, 3), (hidden, 1, 5, 5), (c, hidden, 1, 1))]
-        leaves = [normal(g, *shape), *(w * _mask(w) for w in weights), normal(g, c, scale=0.1)]
+        leaves = [normal(g, *shape), *(w * causal_mask(w) for w in weights), normal(g, c, scale=0.1)]
         return Inputs([t.to(dtype) for t in leaves], [])
 
     def ours(self, impl: str, inputs: Inputs) -> Tensors:
@@ -288,8 +221,6 @@ OPS: dict[str, Recipe] = {
     "pointwise_conv": PointwiseConv(),
     "residual_normal": ResidualNormal(),
     "logistic_mixture_log_prob": LogisticMixture(),
-    "power_iteration": PowerIteration(),
-    "weight_norm": WeightNorm(),
     "flow_cell": FlowCell(),
     "se_residual": SeResidual(),
 }

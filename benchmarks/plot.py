@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nvae_fast.benchmarks import memory
 from nvae_fast.checkpoint.files import atomic_write
 from nvae_fast.errors import InputError
 
-TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward", "step": "training step"}
+TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward", "step": "training step", "sample": "sampling"}
 OURS, REFERENCE, RIVAL = "#1f6fb4", "#8fb8dc", "#b0b0b0"
 
 
@@ -25,6 +26,9 @@ def save_plot(document: dict[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows = document["rows"]
+    if rows[0]["suite"] == "memory":
+        memory.save_plot(rows, path)
+        return
     cases = list(dict.fromkeys(row["case"] for row in rows))
     phases = {case: list(dict.fromkeys(r["phase"] for r in rows if r["case"] == case)) for case in cases}
     columns = max(map(len, phases.values()))

@@ -16,15 +16,18 @@ import torch
 Row = dict[str, Any]
 
 SCHEMA = "nvae_fast.bench/1"
+RATES = ("step", "sampling")  # suites whose tables show images a second
 COPY_BYTES = 2**28  # many times what a cache holds
 
 
 def document(rows: list[Row], device: torch.device) -> dict[str, Any]:
     """The whole run as JSON holds it. What does not apply is None, such as `commit` and `dirty` outside a git checkout.
 
-    A row's `impl` is ours:<implementation>, eager, eager_channels_last or compile; max_autotune and nvlabs are names kept for
-    runs that have them. `bytes` is what the op has to move, `copy_share` how near that comes to a copy (above 1 where
-    caches hold it). `launches` counts the kernels of a GPU.
+    A row's `impl` is ours:<implementation>, eager, eager_channels_last or compile, or another stock form by its name
+    (eager_loop, adam_fused); max_autotune and nvlabs are names kept for runs that have them. Rows of the suite memory also have
+    per_image_bytes, largest_batch, budget_bytes and traced; their `check` is None where no numbers were computed.
+    `bytes` is what the op has to move, `copy_share` how near that comes to a copy (above 1 where caches hold it). `launches`
+    counts the kernels of a GPU.
     """
     return {"schema": SCHEMA, **facts(device), "rows": rows}
 
@@ -81,6 +84,7 @@ def table(rows: list[Row]) -> Iterator[str]:
             f"{row['median_ms']:9.3f} ({row['min_ms']:.3f}) ms".ljust(25),
             f"{ratio[row['phase'], row['impl']]:6.2f}x" if (row["phase"], row["impl"]) in ratio else " " * 7,
             " " * 14 if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:10.2f} MiB",
+            "" if row["suite"] not in RATES else f"{row['images_per_s']:9.1f} images/s",
             " " * 6 if row["copy_share"] is None else f"{row['copy_share']:6.0%}",
         ]
         yield "  " + "  ".join(cells).rstrip() + _complaint(row["check"])

@@ -4,6 +4,7 @@ backward, Adamax. Checked against the same step in float64 before it is timed.""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from nvae_fast.benchmarks.plain import plain
-from nvae_fast.benchmarks.timing import interleaved
+from nvae_fast.benchmarks.timing import interleaved, peak_bytes
+from nvae_fast.config import NVAEConfig
+from nvae_fast.errors import InputError
 from nvae_fast.kernels._impl import use_impl
 from nvae_fast.layers.norm import bn_regularizer
-from nvae_fast.memory import PeakMemory
 from nvae_fast.model import NVAE
 from nvae_fast.optim import make_optimizer
-from nvae_fast.presets import PRESETS
 from nvae_fast.regularization import SpectralState
 
 KL_COEFF, SPECTRAL_COEFF = 0.5, 1e-2  # in the middle of a run
@@ -63,19 +64,42 @@ class Step:
         return loss.double().item(), torch.cat([p.grad.double().flatten() for p in self.model.parameters()])
 
 
-def contenders(preset: str, device: torch.device) -> dict[str, Step]:
-    """Every contender by name, and "exact" in float64, all from the same weights, singular vectors, batch and noise."""
-    config = PRESETS[preset]
+def shrunk(config: NVAEConfig, layers: int | None = None, batch_size: int | None = None) -> NVAEConfig:
+    """`config` with at most `layers` groups of a scale and cells of a kind, and another batch, as its name then says. A model
+    of one scale keeps two groups: with one it would be another kind of model."""
+    label, changes = config.name, {}
+    if layers is not None:
+        if layers < 1:
+            raise InputError(f"--layers={layers} must be at least 1")
+        label += f"/layers{layers}"
+        counts = ("num_groups_per_scale", "num_cell_per_cond_enc", "num_cell_per_cond_dec", "num_preprocess_cells",
+                  "num_postprocess_cells", "min_groups_per_scale")  # fmt: skip
+        changes = {name: min(layers, getattr(config, name)) for name in counts}
+        if config.num_latent_scales == 1 and not config.vanilla:
+            changes["num_groups_per_scale"] = max(2, changes["num_groups_per_scale"])
+    if batch_size is not None:
+        label += f"/batch{batch_size}"
+        changes["training"] = dataclasses.replace(config.training, batch_size=batch_size)
+    return dataclasses.replace(config, name=label, **changes)
+
+
+def make_batch(config: NVAEConfig, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Images [B, C, H, W] of the configuration's kind and batch, and the noise of every group."""
     batch = config.training.batch_size
+    x = torch.rand(batch, config.channels, *config.image_size, device=device)
+    if config.output_likelihood == "bernoulli":
+        x = (x > 0.5).float()
+    return x, [torch.randn(batch, *shape, device=device) for shape in config.latent_shapes]
+
+
+def contenders(config: NVAEConfig, device: torch.device) -> dict[str, Step]:
+    """Every contender by name, and "exact" in float64, all from the same weights, singular vectors, batch and noise."""
     torch.manual_seed(0)
     model = NVAE(config).to(device).train()
     spectral = SpectralState()
     with use_impl("reference"), torch.no_grad():
         spectral(model.convolutions())
-    x = torch.rand(batch, config.channels, *config.image_size, device=device)
-    if config.output_likelihood == "bernoulli":
-        x = (x > 0.5).float()
-    noise = [torch.randn(batch, *shape, device=device) for shape in config.latent_shapes]
+    x, noise = make_batch(config, device)
 
     def warm(dtype: torch.dtype) -> SpectralState:
         state = SpectralState()
@@ -105,6 +129,13 @@ def check(got: tuple[float, Tensor], plain: tuple[float, Tensor], truth: tuple[f
     return {"ok": all(e <= b for e, b in pairs), "error": error, "budget": budget}
 
 
+def check_all(numbers: dict[str, tuple[float, Tensor]], truth: tuple[float, Tensor]) -> dict[str, dict[str, Any]]:
+    """`check` of every contender, the yardstick being the eager one that is further off."""
+    rivals = (found for name, found in numbers.items() if name.startswith("eager"))
+    plain = max(rivals, key=lambda n: float((n[1] - truth[1]).norm()))
+    return {name: check(found, plain, truth) for name, found in numbers.items()}
+
+
 def compiled(ours: Step, say: Callable[[str], None]) -> Step | None:
     """Our model on torch's own operations, its forward and loss, and their backward, under torch.compile; None where that
     fails. The regularisers of the weights stay outside, and it has the rewrites of our modules: otherwise Inductor of torch
@@ -127,30 +158,26 @@ def compiled(ours: Step, say: Callable[[str], None]) -> Step | None:
 
 
 def measure_step(
-    preset: str, *, rounds: int, device: torch.device, compile_too: bool = True, say: Callable[[str], None] = print
+    config: NVAEConfig, *, rounds: int, device: torch.device, compile_too: bool = True, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """The rows of one preset's step, ours first."""
-    steps = contenders(preset, device)
+    """The rows of one configuration's step, ours first."""
+    steps = contenders(config, device)
     rival = compiled(steps["ours:auto"], say) if compile_too else None
     if rival is not None:
         steps["compile"] = rival
     truth = steps.pop("exact").numbers()
     numbers = {name: step.numbers() for name, step in steps.items()}
-    plain = max((numbers[name] for name in steps if name.startswith("eager")), key=lambda n: float((n[1] - truth[1]).norm()))
-    checks = {name: check(found, plain, truth) for name, found in numbers.items()}
+    checks = check_all(numbers, truth)
     peaks = {}
     for name, step in steps.items():
         step()  # the optimiser's state is there from now on
         step.optimizer.zero_grad(set_to_none=True)
-        with PeakMemory() as memory:
-            step()
-        peaks[name] = None if name == "compile" else memory.peak_bytes
+        peaks[name] = None if name == "compile" and device.type == "cpu" else peak_bytes(step, device)
     times = interleaved(dict(steps), rounds=rounds, budget_s=SECONDS)
-    config = PRESETS[preset]
     shape = [config.training.batch_size, config.channels, *config.image_size]
     return [
         {
-            "suite": "step", "case": preset, "op": "train_step", "shape": shape, "dtype": "float32",
+            "suite": "step", "case": config.name, "op": "train_step", "shape": shape, "dtype": "float32",
             "layout": "contiguous" if name == "eager" else "channels_last", "impl": name, "phase": "step",
             **times[name]._asdict(), "images_per_s": shape[0] / times[name].median_ms * 1e3, "peak_bytes": peaks[name],
             "bytes": None, "copy_share": None, "launches": None, "check": checks[name],

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from nvae_fast.benchmarks.cases import Case
 from nvae_fast.benchmarks.ops import Inputs, Tensors
-from nvae_fast.benchmarks.timing import graphed, interleaved, launches
+from nvae_fast.benchmarks.timing import graphed, interleaved, launches, peak_bytes
 from nvae_fast.kernels import _impl
-from nvae_fast.memory import PeakMemory
 
 PHASES = ("fwd", "fwd_bwd")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 RIVALS = {"eager": "contiguous", "eager_channels_last": "channels_last"}
 """The plain composition by the layout of its inputs; "compile" is the second of them under torch.compile."""
+LAYOUTS = RIVALS | {"compile": "channels_last"}
 SECONDS = 30.0
 """A case ends after this time even if it had fewer rounds (at least 3)."""
 
@@ -72,6 +72,8 @@ def contenders(
         runners[f"ours:{impl}"] = _runner(partial(case.recipe.ours, impl), ours, gradients)
     for name, layout in RIVALS.items():
         runners[name] = _runner(case.recipe.plain, inputs[layout], gradients)
+    for name, function in case.recipe.rivals().items():
+        runners[name] = _runner(function, inputs[RIVALS["eager"]], gradients)
     if compiled:
         rival = _compiled(runners["eager_channels_last"], say)
         runners |= {"compile": rival} if rival else {}
@@ -94,7 +96,7 @@ def measure(
         plain = [runners[name](phase) for name in RIVALS]
         for name, run in runners.items():
             checks[name, phase] = check(run(phase), plain, truth)
-            peaks[name, phase] = None if name == "compile" else _peak(run, phase)
+            peaks[name, phase] = None if name == "compile" else peak_bytes(partial(run, phase), device)
     eager = runners["eager"]
     forward, backward = case.recipe.traffic(eager.inputs, eager("fwd")) or (None, None)
     traffic = {"fwd": forward, "fwd_bwd": None if forward is None else forward + backward}
@@ -117,7 +119,7 @@ def measure(
                     "op": case.op,
                     "shape": list(case.shape),
                     "dtype": case.dtype_name,
-                    "layout": case.layout if name.startswith("ours:") else RIVALS.get(name, "channels_last"),
+                    "layout": case.layout if name.startswith("ours:") else LAYOUTS.get(name, "contiguous"),
                     "impl": name,
                     "phase": phase,
                     **time._asdict(),
@@ -185,9 +187,3 @@ def _compiled(plain: Runner, say: Callable[[str], None]) -> Runner | None:
         say(f"  no row for compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
     return run
-
-
-def _peak(run: Runner, phase: str) -> int:
-    with PeakMemory() as memory:
-        run(phase)
-    return memory.peak_bytes

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from nvae_fast.memory import PeakMemory
+
 
 class Timing(NamedTuple):
     """Milliseconds of one call over the counted rounds."""
@@ -48,6 +50,20 @@ def launches(call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """By how much tensors alive grow within a call at most: torch's own count on a GPU, else `PeakMemory`'s."""
+    if device.type != "cuda":
+        with PeakMemory() as memory:
+            call()
+        return memory.peak_bytes
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def interleaved(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,17 +45,22 @@ class Tracer:
     largest configurations half a minute; its memory is that of their bookkeeping.
 
     precision: "fp32", "bf16" or "fp16" (autocast); ema: whether a moving average of the weights is kept. The native
-    implementations are traced where they are installed: those of a GPU keep the same tensors.
+    implementations are traced where they are installed: those of a GPU keep the same tensors. rival: a function of the model
+    that returns another one with its parameters, to be traced on torch's own operations; layout: of images and weights.
     """
 
-    def __init__(self, config: NVAEConfig, *, precision: str = "fp32", ema: bool = False) -> None:
+    def __init__(self, config: NVAEConfig, *, precision: str = "fp32", ema: bool = False,
+                 rival: Callable[[nn.Module], nn.Module] | None = None,
+                 layout: torch.memory_format = torch.channels_last) -> None:  # fmt: skip
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        self.config, self.precision, self.ema = config, precision, ema
+        self.config, self.precision, self.ema, self.layout = config, precision, ema, layout
+        self._impl = "cpu" if rival is None and load_native()[0] is not None else "reference"
         self._fake = FakeTensorMode()
         self._kept_and_peak: dict[tuple[str, int], tuple[int, int]] = {}
         with self._fake:
-            self.model = channels_last(NVAE(config)).train()
+            model = NVAE(config) if rival is None else rival(NVAE(config))
+            self.model = (channels_last(model) if layout == torch.channels_last else model).train()
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def footprint(self, memory: str, batch: int) -> Footprint:
@@ -71,10 +77,10 @@ class Tracer:
         """(bytes kept between forward and backward, most bytes at once), beside weights, gradients and optimiser."""
         key = memory, batch
         if key not in self._kept_and_peak:
-            c, native = self.config, load_native()[0] is not None
+            c = self.config
             self.model.set_memory(memory)
-            with self._fake, use_impl("cpu" if native else "reference"):
-                x = torch.empty(batch, c.channels, *c.image_size).contiguous(memory_format=torch.channels_last)
+            with self._fake, use_impl(self._impl):
+                x = torch.empty(batch, c.channels, *c.image_size).contiguous(memory_format=self.layout)
                 for p in self.model.parameters():
                     p.grad = torch.empty_like(p)
                 spectral = SpectralState()

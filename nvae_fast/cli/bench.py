@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvae_fast.checkpoint.files import atomic_write, writing
+from nvae_fast.cli.estimate import size
 from nvae_fast.cli.flags import OnOff, add_device_flag, device_of
 from nvae_fast.errors import InputError, RunError, unknown
 from nvae_fast.presets import PRESETS
@@ -19,7 +20,10 @@ from nvae_fast.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
+    from nvae_fast.config import NVAEConfig
+
 NAME = "bench"
+WHOLE = ("step", "sampling", "memory", "optimizer", "check")  # suites that are no list of cases
 FEWEST_ROUNDS = 3  # for quartiles
 
 
@@ -27,9 +31,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         default="ops",
-        help="ops, cell (a decoder cell and its branch), step (a training step) or check (numbers only) [ops]",
+        help="ops, cell (a decoder cell and its branch), step (a training step), sampling, memory (of a step, and the largest "
+        "batch), optimizer, or check (numbers only) [ops]",
     )
-    parser.add_argument("--preset", default="demo", help="of the suite step [demo]")
+    parser.add_argument("--preset", default="demo", help="of the suites step, sampling and memory [demo]")
+    parser.add_argument("--layers", type=int, help="at most so many groups of a scale and cells of a kind: a shorter model")
+    parser.add_argument("--batch_size", type=int, help="images of a step [the preset's] or of a sampling [16]")
+    parser.add_argument("--budget", help="memory that the largest batch has to fit into, as 24GB [what there is]")
     parser.add_argument("--case", help="only cases whose names contain this, as depthwise or 16x384")
     parser.add_argument("--rounds", type=int, default=20, help="times that each implementation runs, in turn [20]")
     parser.add_argument("--threads", type=int, help="CPU threads [torch's choice]")
@@ -41,14 +49,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from nvae_fast.benchmarks import report
-    from nvae_fast.benchmarks.cases import select
+    from nvae_fast.benchmarks.cases import SUITES, select
     from nvae_fast.benchmarks.plot import require_matplotlib, save_plot
     from nvae_fast.benchmarks.suite import measure
 
-    if args.preset not in PRESETS:
-        raise unknown("preset", args.preset, PRESETS)
+    if args.suite not in SUITES:
+        raise unknown("suite", args.suite, SUITES)
     device = device_of(args)
-    cases = [] if args.suite in ("step", "check") else select(args.suite, args.case, gpu=device.type == "cuda")
+    cases = select(args.suite, args.case, gpu=device.type == "cuda") if args.suite not in WHOLE else []
+    config = configuration(args)
     if args.rounds < FEWEST_ROUNDS:
         raise InputError(f"--rounds={args.rounds} must be at least {FEWEST_ROUNDS}")
     if args.threads is not None:
@@ -65,12 +74,7 @@ def run(args: argparse.Namespace) -> None:
     about = report.facts(device)
     print(f"{about['device']} ({about['cpu']}), {about['threads']} threads, torch {about['torch']}, copy {rate / 1e9:.1f} GB/s")
     print(report.LEGEND)
-    rows = []
-    if args.suite == "step":
-        from nvae_fast.benchmarks.steps import measure_step
-
-        rows = measure_step(args.preset, rounds=args.rounds, device=device, compile_too=args.compile)
-        print(*report.table(rows), sep="\n", flush=True)
+    rows = [] if cases else whole(args, config, device, rate)
     for case in cases:
         new = measure(case, rounds=args.rounds, device=device, copy_rate=rate, compiled=args.compile)
         print(*report.table(new), sep="\n", flush=True)
@@ -78,6 +82,41 @@ def run(args: argparse.Namespace) -> None:
     write_json(args.json, report.document(rows, device))
     if args.plot:
         save_plot(report.document(rows, device), args.plot)
+
+
+def configuration(args: argparse.Namespace) -> NVAEConfig:
+    """What --preset, --layers and --batch-size stand for; InputError for values that cannot be."""
+    from nvae_fast.benchmarks.steps import shrunk
+
+    if args.batch_size is not None and args.batch_size < 1:
+        raise InputError(f"--batch-size={args.batch_size} must be at least 1")
+    if args.budget is not None:
+        size(args.budget)
+    return shrunk(PRESETS[args.preset], args.layers, None if args.suite == "sampling" else args.batch_size)
+
+
+def whole(args: argparse.Namespace, config: NVAEConfig, device: torch.device, copy_rate: float) -> list[dict]:
+    """The rows of a suite that has no table of cases, printed too."""
+    from nvae_fast.benchmarks import memory, report
+
+    table, both = report.table, {"rounds": args.rounds, "device": device}
+    if args.suite == "step":
+        from nvae_fast.benchmarks.steps import measure_step
+
+        rows = measure_step(config, compile_too=args.compile, **both)
+    elif args.suite == "sampling":
+        from nvae_fast.benchmarks.sampling import BATCH, measure_sampling
+
+        rows = measure_sampling(config, batch=args.batch_size or BATCH, compile_too=args.compile, **both)
+    elif args.suite == "optimizer":
+        from nvae_fast.benchmarks.optimizer import measure_optimizer
+
+        rows = measure_optimizer(copy_rate=copy_rate, **both)
+    else:
+        table = memory.table
+        rows = memory.measure_memory(config, device=device, budget=None if args.budget is None else size(args.budget))
+    print(*table(rows), sep="\n", flush=True)
+    return rows
 
 
 def check_numbers(args: argparse.Namespace, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Tell how much memory a training run takes, by part, and the largest batch that fits, before anything is trained.
 
-Takes the flags of `train`. Bytes are those of tensors: allocators, libraries and the process itself come on top. With --launches:
-how many kernels a GPU would run for a training step instead, ours beside the same model in plain PyTorch.
+Takes the flags of `train`. Bytes are those of tensors: allocators, libraries and the process itself come on top. With
+--launches: how many kernels a GPU would run for a training step instead, ours beside the same model in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -77,11 +77,10 @@ def print_launches(config: NVAEConfig, precision: str) -> None:
     ours, plain = count(config, precision=precision)
     own, uploads = (sum(n for name, n in ours.items() if pick(name)) for pick in (is_kernel, UPLOAD.__eq__))
     verdict = "at most" if ours.total() <= GOAL else "ABOVE"
-    print(
-        f"{config.name}, batch {config.training.batch_size}, {precision}: launches of a training step on a GPU, counted without one"
-    )
-    print(f"  ours   {ours.total():6d}: {own} of our kernels, {uploads} uploads, {ours.total() - own - uploads} of torch's operations; "
-          f"{verdict} the {GOAL} aimed at")  # fmt: skip
+    batch, rest = config.training.batch_size, ours.total() - own - uploads
+    print(f"{config.name}, batch {batch}, {precision}: launches of a training step on a GPU, counted without one")
+    parts = f"{own} of our kernels, {uploads} uploads, {rest} of torch's operations"
+    print(f"  ours   {ours.total():6d}: {parts}; {verdict} the {GOAL} aimed at")
     print(f"  plain  {plain.total():6d}: {plain.total() / ours.total():.1f} times as many")
     for name, n in ours.most_common():
         if n >= ours.total() / 100:

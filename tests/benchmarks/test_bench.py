@@ -17,6 +17,7 @@ from nvae_fast.benchmarks.plot import save_plot
 from nvae_fast.cli import main
 from nvae_fast.errors import InputError
 from nvae_fast.kernels import _impl
+from nvae_fast.presets import PRESETS
 
 from .conftest import SMALL
 
@@ -41,7 +42,8 @@ def test_the_table():
 def test_every_recipe_says_the_same_on_both_sides(case):
     rows = measure(case)
     names = list(dict.fromkeys(row["impl"] for row in rows))
-    assert names[-3:] == ["ours:reference", "eager", "eager_channels_last"]
+    rivals = ["ours:reference", "eager", "eager_channels_last", *case.recipe.rivals()]
+    assert names[-len(rivals) :] == rivals
     assert [(row["impl"], row["phase"]) for row in rows] == [(name, phase) for phase in suite.PHASES for name in names]
     for row in rows:  # the budgets themselves are tested with the ops: here rounding has few values to be typical on
         assert row["check"]["error"] <= 20 * row["check"]["budget"], row
@@ -180,7 +182,7 @@ def test_a_plot_without_matplotlib_is_one_line(capsys, monkeypatch):
 
 def test_a_training_step_is_checked_timed_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = steps.measure_step("demo", rounds=3, device=CPU, compile_too=False)
+    rows = steps.measure_step(PRESETS["demo"], rounds=3, device=CPU, compile_too=False)
     assert [row["impl"] for row in rows] == ["ours:auto", "eager_channels_last", "eager"]
     assert all(list(row) == ROW and row["check"]["ok"] and row["rounds"] >= 3 for row in rows)
     if _impl.load_native()[0] is not None:
