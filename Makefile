@@ -18,7 +18,7 @@ DEV    := $(VENV)/.dev
 # Requirements as pyproject.toml lists them.
 LIST    = $(BIN)/python -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))'
 
-.PHONY: help install demo test soak gpu lint clean $(PARTS)
+.PHONY: help install demo test soak gpu readme lint clean $(PARTS)
 
 help:
 	@echo "make install   $(VENV) with torch, the package (editable) and its native extension"
@@ -26,6 +26,7 @@ help:
 	@echo "make test      install, then everything that CI runs: ruff and all tests"
 	@echo "make soak      install, then kill a small training run 50 times and compare it with one that was left alone"
 	@echo "make gpu COMMIT=id   on a machine with an NVIDIA GPU and nvcc: build, check and measure; no network, no git"
+	@echo "make readme    the README's tables again, from the newest results that git knows in benchmarks/results"
 	@echo "make lint      ruff only"
 	@echo "make clean     remove build products; $(VENV) and runs/ stay"
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) RUN=$(RUN) NVAE_FAST_BUILD=auto|cpu|cuda|none"
@@ -42,6 +43,9 @@ demo: install
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --commit $(COMMIT) --out $(or $(OUT),benchmarks/results/gpu)
+
+readme: install
+	$(BIN)/python -m nvae_fast.benchmarks.readme --write README.md
 
 test: lint
 	@$(MAKE) --no-print-directory --keep-going --output-sync=target --jobs=$(JOBS) $(PARTS)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections import Counter
 
 import pytest
 import torch
 
 from nvae_fast import functional as F
+from nvae_fast.benchmarks import launches as launches_module
 from nvae_fast.benchmarks.launches import UPLOAD, Launches, count, weight
 from nvae_fast.cells import Cell
+from nvae_fast.cli import main
+from nvae_fast.errors import RunError
 from nvae_fast.flows import FlowCell
 from nvae_fast.kernels import _auto
 from nvae_fast.layers import InvertedResidual, WeightNormConv2d
@@ -86,3 +90,22 @@ def test_launches_of_operations_of_torch():
     assert of("add", t, t, overload="Tensor") == 1 and of("view", t, [2]) == of("empty_like", t) == 0
     assert of("_foreach_add_", [t] * 111, 1, overload="Scalar") == 2 and of("_foreach_copy_", [t] * 65, [t] * 65) == 2
     assert of("convolution_backward", t, [True, True, False]) == 2 and of("add_", t, t, overload="Tensor") == 1
+
+
+def test_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(launches_module, "count", lambda *args, **kwargs: (
+        Counter({"a_kernel": 1500, UPLOAD: 10, "torch.add": 995, "torch.mul": 5}), Counter({"torch.add": 5020})
+    ))  # fmt: skip
+    assert main(["estimate", "--preset", "demo", "--launches", "--precision", "bf16"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "demo, batch 32, bf16: launches of a training step on a GPU, counted without one",
+        "  ours     2510: 1500 of our kernels, 10 uploads, 1000 of torch's operations; ABOVE the 2500 aimed at",
+        "  plain    5020: 2.0 times as many", "    1500  a_kernel", "     995  torch.add",
+    ]  # fmt: skip
+
+
+def test_without_triton_a_line_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    launches_module.launchers.cache_clear()
+    with pytest.raises(RunError, match="triton is not installed: pip install"):
+        count(SMALL)
