@@ -60,6 +60,11 @@ class Launches(TorchDispatchMode):
         if launcher is not None:
             with self:  # what it has torch do counts as well
                 return launcher(*args, **(kwargs or {}))
+        if (
+            func.namespace == "aten" and func._can_decompose()
+        ):  # as it would have been above autograd, which a launcher is below
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         count = weight(func, args)
         if count:
             self.names[f"torch.{name}"] += count

@@ -62,6 +62,7 @@ def test_what_is_counted_is_launched(launches, monkeypatch, work):
     monkeypatch.setattr(_auto, "choose", lambda op, impl, *rest, **options: impl)
     with launches() as real:
         work()
+    monkeypatch.undo()  # the launchers in the place of their schemas, which is how `launches` reaches them
     with Launches().on_gpu() as found:
         work()
     kernels = Counter(name for name in real if not name.startswith("torch."))
