@@ -1,0 +1,40 @@
+"""conv2d between bn_act's kernels, in Triton's interpreter: values, gradients, what is not wanted, and an empty batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from norms import copied, dense, image, leaf, norm, tensor
+
+from nvae_fast import functional as F
+
+# N, C_in, C_out, H, W, k, stride, padding, dilation
+SHAPES = [(2, 20, 7, 6, 5, 3, 1, 1, 1), (1, 5, 8, 7, 3, 3, 2, 2, 2), (3, 33, 4, 3, 1, 1, 1, 0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "act", "training"), list(zip(SHAPES, ("swish", "elu", "identity"), (True, True, False), strict=True))
+)
+def test_values_and_gradients(check, shape, act, training, dtype):
+    n, c_in, c_out, h, w, k, stride, padding, dilation = shape
+    tensors = [image(n, c_in, h, w), tensor(c_out, c_in, k, k, scale=(c_in * k * k) ** -0.5), tensor(c_out)]
+    call = lambda t, n, i: dense(t, n, i, act, stride=stride, padding=padding, dilation=dilation)  # noqa: E731
+    check(call, tensors, [norm(c_in, training=training)], dtype, images=2)
+
+
+def test_gradients_that_nobody_wants_are_left_out(launches):
+    x, weight = image(2, 5, 4, 4), leaf(tensor(3, 5, 3, 3))
+    y = F.conv2d(x, weight, norm=copied(norm(5)), padding=1, impl="triton")
+    with launches() as found:
+        y.sum().backward()
+    assert [name for name in found if not name.startswith("torch.")] == ["bn_act_fwd_kernel"]
+    assert weight.grad.any()
+
+
+def test_an_empty_batch(triton_on_cpu):
+    x, weight, n = leaf(torch.zeros(0, 5, 4, 4)), leaf(tensor(3, 5, 3, 3)), copied(norm(5))
+    y = F.conv2d(x, weight, norm=n, padding=1, impl="triton")
+    y.sum().backward()
+    assert y.shape == (0, 3, 4, 4) and x.grad.shape == x.shape and not weight.grad.any()
+    assert torch.equal(n.running_mean, norm(5).running_mean)
