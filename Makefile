@@ -39,6 +39,7 @@ demo: install
 	$(BIN)/nvae-fast evaluate $(RUN) --num-iw-samples 10
 	$(BIN)/nvae-fast sample $(RUN) --out $(RUN)/samples.png
 	$(BIN)/nvae-fast reconstruct $(RUN) --out $(RUN)/reconstructions.png
+	$(BIN)/nvae-fast report $(RUN)
 	$(BIN)/nvae-fast bench --suite step --preset demo --rounds 7 --no-compile
 
 gpu:

@@ -36,10 +36,10 @@ def validate(trainer: Trainer, train_loss: float, seconds: float) -> Likelihood:
         result = evaluate(trainer.model, _batches(trainer), num_iw_samples=o.valid_samples, seed=c.seed)
         if o.images and trainer.processes.main:
             _pictures(trainer)
-    log.write(event="valid", step=p.step, epoch=p.epoch, train_loss=train_loss, nelbo=result.nelbo,
+    log.write(event="valid", step=p.step, epoch=p.epoch, train_loss=train_loss, nelbo=result.nelbo, nelbo_se=result.nelbo_se,
               neg_log_p=result.neg_log_p, recon=result.recon, kl=result.kl, nelbo_bpd=result.nelbo_bpd,
-              neg_log_p_bpd=result.neg_log_p_bpd, active_channels=result.active_channels,
-              kl_groups=result.kl_groups, seconds=round(seconds, 2))  # fmt: skip
+              neg_log_p_bpd=result.neg_log_p_bpd, active_channels=result.active_channels, kl_groups=result.kl_groups,
+              active_by_group=result.active_by_group, **result.scalars(), seconds=round(seconds, 2))  # fmt: skip
     unit, value = readable(trainer.config, result.nelbo)
     log.say(
         f"epoch {p.epoch + 1}/{c.epochs}  valid {value} {unit}  (kl {result.kl:.1f} nats, {result.active_channels} active "

@@ -52,6 +52,15 @@ def test_evaluate(finished, evaluation, metrics):
     assert train["images"] == 20 and train["split"] == "train"
 
 
+def test_a_validation_tells_which_groups_are_in_use(finished, metrics, cli, tmp_path):
+    last = metrics(finished)[-1]
+    assert last["event"] == "valid" and last["nelbo_se"] > 0 and sum(last["active_by_group"]) == last["active_channels"] > 0
+    for i, (kl, active) in enumerate(zip(last["kl_groups"], last["active_by_group"], strict=True)):
+        assert last[f"kl_group/{i:02d}"] == kl and last[f"active_group/{i:02d}"] == active
+    assert cli("report", finished, "--out", tmp_path / "report.html").code == 0
+    assert f", {last['active_by_group'][0]} active" in (tmp_path / "report.html").read_text()
+
+
 def test_evaluation_and_pictures_leave_no_trace(finished):
     model = load_model(finished).train()
     x = torch.rand(4, 1, 16, 16)
