@@ -37,6 +37,8 @@ class Footprint(NamedTuple):
     def largest_batch(self, budget: float) -> int:
         """The most images that fit into `budget` bytes, 0 if none does."""
         fixed = self.peak - self.batch * self.per_image
+        if self.per_image <= 0:  # the worst moment has nothing to do with images: that of the weights' own arithmetic
+            return self.batch if self.peak <= budget else 0
         return max(int((budget - fixed) / self.per_image), 0)
 
 

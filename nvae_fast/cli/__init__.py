@@ -25,7 +25,7 @@ from nvae_fast.cli import (
     traverse,
 )
 from nvae_fast.cli.flags import Parser, underscored
-from nvae_fast.errors import InputError, RunError
+from nvae_fast.errors import InputError, RunError, out_of_memory
 
 MODULES = (  # in the order of --help
     train,
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = underscored(sys.argv[1:] if argv is None else argv)
         args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
-        return COMMANDS[args.command].run(args) or 0
+        with out_of_memory():
+            return COMMANDS[args.command].run(args) or 0
     except InputError as error:
         return _fail(error, 2)
     except RunError as error:

@@ -27,7 +27,7 @@ from nvae_fast.cli.flags import (
     with_data,
 )
 from nvae_fast.cli.pictures import add_ema_flag, add_readjust_flags, readjust
-from nvae_fast.errors import InputError, unknown
+from nvae_fast.errors import InputError, out_of_memory, unknown
 
 if TYPE_CHECKING:
     from nvae_fast.evaluation import Likelihood
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         _score(args, metrics)
 
 
+@out_of_memory()
 def _score(args: argparse.Namespace, metrics: list[str]) -> None:
     from nvae_fast.readjust import fingerprint
 

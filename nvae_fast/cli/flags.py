@@ -42,7 +42,7 @@ HELP = {
     "compat": "nvlabs: the public code's likelihood and temperature quirks; fixed: without them",
     "epochs": "passes over the training images",
     "warmup_epochs": "epochs of rising learning rate",
-    "batch_size": "images per step and process",
+    "batch_size": "images per step and process; auto: the largest that fits into memory, up to 1024",
     "learning_rate": "peak rate",
     "learning_rate_min": "rate of the last epoch",
     "weight_decay": "L2 on every parameter",
@@ -140,7 +140,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             if kind == "bool":
                 group.add_argument(f"--{name}", action=OnOff, default=None, help=text)
             else:
-                convert = seed if name == "seed" else {"int": int, "float": float, "str": str}[kind]
+                convert = SPECIAL.get(name) or {"int": int, "float": float, "str": str}[kind]
                 group.add_argument(f"--{name}", type=convert, help=text)
 
 
@@ -183,6 +183,18 @@ def seed(text: str) -> int:
     if text.isdecimal() and int(text) < 2**32:
         return int(text)
     raise argparse.ArgumentTypeError(f"'{text}' is no seed: give a whole number from 0 to {2**32 - 1}")
+
+
+def batch_size(text: str) -> int | str:
+    """A number of images, or "auto"."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no batch size: give a whole number, or auto") from None
+
+
+SPECIAL = {"seed": seed, "batch_size": batch_size}
+"""How the text of a flag is read where the type of its field does not say."""
 
 
 def temperatures(text: str) -> float | list[float]:

@@ -29,7 +29,7 @@ from nvae_fast.cli.flags import (
 )
 from nvae_fast.config import NVLABS_DATASETS, NVAEConfig
 from nvae_fast.data import DATASETS
-from nvae_fast.errors import InputError, unknown
+from nvae_fast.errors import InputError, out_of_memory, unknown
 from nvae_fast.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def build_config(args: argparse.Namespace) -> tuple[NVAEConfig, bool]:
     """(configuration of the flags, whether it may still be fitted to the data)."""
     given = {k: getattr(args, k) for k in MODEL_FIELDS + TRAIN_FIELDS if getattr(args, k) is not None}
+    if args.batch_size == "auto":  # chosen when the data are known
+        del given["batch_size"]
     if args.dataset is not None and args.dataset not in DATASETS:
         raise unknown("dataset", args.dataset, DATASETS)
     public = {"dataset", "root", "save", "fast_adamax", *MODEL_FIELDS} - OWN
@@ -147,11 +149,15 @@ def machines(args: argparse.Namespace) -> tuple[int, int, int]:
     return count, nodes, node
 
 
+@out_of_memory()
 def train(args: argparse.Namespace, config: NVAEConfig, fit: bool, processes: Processes) -> None:
     """The run of one process; the first one says what it is about and how it ended."""
     from nvae_fast.training import Trainer
     from nvae_fast.training.data import check_data, fit_to_data, open_split
+    from nvae_fast.training.fit import check_fits, largest_batch
     from nvae_fast.training.loop import Options
+    from nvae_fast.training.start import saved_batch
+    from nvae_fast.training.state import Checkpoints
 
     device = processes.device
     precision = precision_of(args, device)
@@ -165,12 +171,20 @@ def train(args: argparse.Namespace, config: NVAEConfig, fit: bool, processes: Pr
         bar=args.bar, memory=args.memory, save_every=args.save_every, keep=args.keep, max_skipped=args.max_skipped,
         graph=device.type == "cuda" and processes.size == 1 if args.graph is None else args.graph,
     )  # fmt: skip
-    trainer = Trainer(config, images, valid, options, processes)
 
     def say(text: str) -> None:
         if processes.main:
             print(text, file=sys.stderr)
 
+    if args.batch_size == "auto":
+        batch = saved_batch(Checkpoints(options.out / "checkpoints"), options.resume, processes.size) or largest_batch(
+            config, len(images), args.memory, precision, processes
+        )
+        say(f"--batch_size auto: {batch}")
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=batch))
+    else:
+        check_fits(config, args.memory, precision, processes)
+    trainer = Trainer(config, images, valid, options, processes)
     size = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     height, width = config.data_size
     where = f"{device}" if processes.size == 1 else f"{processes.size} processes on {device.type}"

@@ -49,6 +49,12 @@ def starting_point(
     return start
 
 
+def saved_batch(checkpoints: Checkpoints, resume: str | None, processes: int) -> int | None:
+    """The batch of each of `processes` with which the run to resume goes on; None where there is nothing to resume."""
+    start = None if resume is None else checkpoints.latest() if resume == "auto" else checkpoints.resolve(resume)
+    return None if start is None else read_config(start).training.batch_size * saved_processes(start) // processes
+
+
 def saved_processes(folder: Path) -> int:
     """How many processes saved the checkpoint in `folder`."""
     count = read_json(folder / META).get("processes", 1)
