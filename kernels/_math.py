@@ -1,5 +1,5 @@
 """Float functions of the Triton kernels, those of csrc/common/math.h: the same digits in the interpreter and on every GPU but
-for the last one, where tl.exp and tl.log may be off by two or three. NaN comes out where NaN went in."""
+for the last one, where tl.exp and tl.log may be off by two or three. NaN comes out where NaN went in, but for log_positive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Branch-free float functions that the compiler can vectorise. NaN comes out where NaN went in.
+// Branch-free float functions that the compiler can vectorise. NaN comes out where NaN went in, but for log_positive.
 #pragma once
 #include <cstdint>
 

@@ -88,7 +88,8 @@ void forward_of(const Inputs& in, const Outputs& out) {
     const float log_ratio = log_positive(e.ratio), log_sigma = log_positive(q.sigma[i]);
     z[i] = e.z;
     kl[i] = 0.5f * (e.d * e.d) + (0.5f * (e.ratio - 1.0f) * (e.ratio + 1.0f) - log_ratio);
-    log_q[i] = -0.5f * (noise[i] * noise[i]) - half_log_2pi - log_sigma;
+    // The zero is NaN where z would be by its parameters, which log_positive loses.
+    log_q[i] = -0.5f * (noise[i] * noise[i]) - half_log_2pi - log_sigma + 0.0f * (q.mu[i] + q.sigma[i]);
     log_p[i] = -0.5f * (e.v * e.v) - half_log_2pi - (log_sigma - log_ratio);
   }
 }

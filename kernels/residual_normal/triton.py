@@ -127,7 +127,8 @@ def residual_normal_fwd_kernel(
         log_ratio, log_sigma = log_positive(ratio), log_positive(sigma)
         # A difference and a product, so that a small KL keeps its digits.
         kl += tl.where(inside, 0.5 * (d * d) + (0.5 * (ratio - 1.0) * (ratio + 1.0) - log_ratio), 0.0)
-        log_q += tl.where(inside, -0.5 * (noise * noise) - HALF_LOG_2PI - log_sigma, 0.0)
+        lost = 0.0 * (mean + sigma)  # NaN where z is by its parameters, which log_positive loses
+        log_q += tl.where(inside, -0.5 * (noise * noise) - HALF_LOG_2PI - log_sigma + lost, 0.0)
         log_p += tl.where(inside, -0.5 * (v * v) - HALF_LOG_2PI - (log_sigma - log_ratio), 0.0)
         p += STEP
     channel0 = tl.program_id(0) // TASKS % tl.cdiv(Z, G) * G
