@@ -9,7 +9,6 @@ import torch
 from norms import branch, branch_norms, branch_tensors, image, leaf, needs_native, outcome, same, se_tensors, tensor
 
 from nvae_fast import functional as F
-from nvae_fast.kernels.inverted_residual import MEMORY
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 FLOAT, HALF = torch.float32, torch.float16
@@ -59,7 +58,7 @@ def test_the_deferred_normalisation_is_done_by_se_residual(check, gate, memory):
 
 def test_running_statistics_move_once_however_often_backward_runs():
     tensors, norms = arguments(*SHAPES[0])
-    for memory in MEMORY:
+    for memory in ("balanced", "low"):  # "fast" runs as "balanced" does
         x, before = leaf(tensors[0]), [n.num_batches_tracked.item() for n in norms]
         y = branch([x, *tensors[1:]], norms, "triton", memory=memory)
         moved = [n.running_mean.clone() for n in norms]

@@ -35,12 +35,13 @@ def test_types_may_be_mixed(within_budget):
 
 @pytest.mark.parametrize("arranged", ["weights", "norms", "grads", "all"])
 def test_any_strides(arranged):
+    plain = dict(zip(("weights", "norms", "masks"), make(shapes=[(9, 3, 3, 3), *SHAPES[1:]]), strict=True))
+    plain["grads"] = incoming(plain["weights"])
+    expected = run(**plain, impl="triton")
     for layout in LAYOUTS.values():
-        inputs = dict(zip(("weights", "norms", "masks"), make(shapes=[(9, 3, 3, 3), *SHAPES[1:]]), strict=True))
-        inputs["grads"] = incoming(inputs["weights"])
-        expected = run(**inputs, impl="triton")
-        for name in inputs if arranged == "all" else [arranged]:
-            inputs[name] = [None if t is None else layout(t) for t in inputs[name]]
+        inputs = dict(plain)
+        for name in plain if arranged == "all" else [arranged]:
+            inputs[name] = [None if t is None else layout(t) for t in plain[name]]
         found = run(**inputs, impl="triton")
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
