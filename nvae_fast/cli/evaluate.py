@@ -112,6 +112,7 @@ def _score(args: argparse.Namespace, metrics: list[str]) -> None:
         _write(folder, weights, _likelihood(model, folder, args))
     if kinds := [m for m in metrics if m != "nll"]:
         _write(folder, weights, _distances(model, folder, args, kinds))
+    _say(f"written to {folder / FILE}")
 
 
 def _sample(model: NVAE, folder: Path, args: argparse.Namespace) -> None:
@@ -152,7 +153,7 @@ def _likelihood(model: NVAE, folder: Path, args: argparse.Namespace) -> dict[str
     _say(
         f"{result.images} images ({split}): -ELBO {_figure(result.nelbo, result.nelbo_se)} nats "
         f"({result.nelbo_bpd:.4f} bits/dim), -log p(x) <= {_figure(result.neg_log_p, result.neg_log_p_se)} nats "
-        f"({result.neg_log_p_bpd:.4f} bits/dim) with {result.num_iw_samples} samples; written to {folder / FILE}"
+        f"({result.neg_log_p_bpd:.4f} bits/dim) with {result.num_iw_samples} samples"
     )
     return result._asdict() | {"data": config.training.data, "split": split, "seed": args.seed}
 
@@ -179,7 +180,7 @@ def _distances(model: NVAE, folder: Path, args: argparse.Namespace, kinds: list[
         error = "" if distance.standard_error is None else f" +- {distance.standard_error:.2g}"
         _say(
             f"{label} {distance.value:.4g}{error}: {distance.samples} samples at temperature {args.temperature} against "
-            f"{distance.reference_images} images ({args.reference}); written to {folder / FILE}"
+            f"{distance.reference_images} images ({args.reference})"
         )
     return {"distances": {label: distance._asdict() | how for label, distance in found.items()}}
 
