@@ -73,6 +73,9 @@ class TrainConfig:
                 f"epochs={self.epochs} leaves no cosine decay after warmup_epochs={self.warmup_epochs}: "
                 f"use --epochs {self.warmup_epochs + 2} or more, or a shorter --warmup_epochs"
             )
+        for f in dataclasses.fields(self):
+            if isinstance(value := getattr(self, f.name), float):
+                _require(math.isfinite(value), f.name, value, "a finite number")
         for name in ("learning_rate", "adamax_eps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         portions = "kl_anneal_portion", "kl_const_portion"

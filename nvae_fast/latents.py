@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def traverse(model: NVAE, latents: Sequence[Tensor], group: int, steps: int, *, 
         raise InputError(f"channel {channel}: the groups of this model have channels 0 to {depth - 1}")
     if steps < 1:
         raise InputError(f"steps={steps}: expected 1 or more")
+    if reach is not None and not math.isfinite(reach):
+        raise InputError(f"reach {reach}: expected a finite number of prior sigmas, as 3")
     with passes(model) as device:
         latents = [z.to(device) for z in latents]
         batch, z = len(latents[0]), latents[index]

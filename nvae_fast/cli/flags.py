@@ -122,6 +122,8 @@ def flags_of_file(path: str) -> list[str]:
         raise InputError(f"--config '{path}' holds no 'name: value' lines: write flags without their dashes, as 'epochs: 3'")
     flags = []
     for name, value in values.items():
+        if name == "config":
+            raise InputError(f"--config '{path}' names another file, '{value}': join the two, or give both on the command line")
         if isinstance(value, (dict, list)) or value is None:
             raise InputError(f"--config '{path}': '{name}' is {value!r}: expected one number, word, true or false")
         flag = f"--{str(name).replace('-', '_')}"

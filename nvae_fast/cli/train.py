@@ -120,6 +120,8 @@ def output_folder(args: argparse.Namespace, config: NVAEConfig) -> Path:
 
 def run(args: argparse.Namespace) -> int | None:
     require_at_least_1(args, "log_every", "valid_samples", "keep", "max_skipped")
+    if args.save_every < 0:
+        raise InputError(f"--save_every={args.save_every} must be at least 0 (0: at the end of an epoch only)")
     config, fit = build_config(args)
     count, nodes, node = machines(args)
     from nvae_fast.training.distributed import environment, joined

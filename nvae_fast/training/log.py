@@ -45,7 +45,9 @@ class RunLog:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with writing(self.path):
+            content = self.path.read_text(encoding="utf-8", errors="replace")
+        for line in content.splitlines():
             try:
                 values = json.loads(line)
                 if values["step"] <= step and not (values["event"] == "valid" and values["epoch"] >= epoch):

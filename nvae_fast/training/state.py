@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from nvae_fast.checkpoint.native import MODEL, TRAINING, load_training, load_wei
 from nvae_fast.errors import InputError
 from nvae_fast.model import NVAE
 from nvae_fast.optim import make_optimizer
+from nvae_fast.regularization import shape_key
 from nvae_fast.training.distributed import Processes
 from nvae_fast.training.step import TrainingStep
 
+STEP = re.compile(r"step-\d+(-\d+)?")
 MOMENTS = ("step", "exp_avg", "exp_inf", "ema")  # the last where the optimiser averages the weights
 
 
@@ -72,20 +76,45 @@ def restore(folder: Path, step: TrainingStep, loss: Tensor, processes: Processes
     first one, and from the mean loss.
     """
     load_weights(step.model, folder)
-    tensors, meta = load_training(folder)
+    tensors, meta = _of_this_version(*load_training(folder))
     _fill_optimizer(step.optimizer, step.model, tensors)
-    step.spectral.load_state_dict({k: t.to(loss.device) for k, t in _below("spectral/", tensors).items()})
+    vectors = _below("spectral/", tensors)
+    check_keys(_vectors(step.model) if vectors else {}, vectors)
+    step.spectral.load_state_dict({k: t.to(loss.device) for k, t in vectors.items()})
     try:
         step.load_state_dict(_below("step/", tensors))
         saved = _below("random/", tensors)
         same = len(saved["cpu"]) == processes.size
         set_random_state({k: t[processes.rank if same else 0].clone() for k, t in saved.items()}, loss.device)
         loss.copy_(tensors["loss"][processes.rank] if same else tensors["loss"].mean(0))
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise InputError(f"the random state in '{folder}' is damaged ({error}): resume from another checkpoint") from None
     if not same:
         seed_process(int(torch.randint(2**62, ())), processes.rank)
     return _progress(folder, meta)
+
+
+def _of_this_version(tensors: dict[str, Tensor], meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `training_state` would have returned: before there were several processes, a run had one random state and one
+    sum of losses, in its position."""
+    progress = meta.get("progress")
+    if not isinstance(progress, dict) or "loss_sum" not in progress:
+        return tensors, meta
+    position = {k: v for k, v in progress.items() if k != "loss_sum"}
+    tensors = {k: t.unsqueeze(0) if k.startswith("random/") else t for k, t in tensors.items()}
+    try:
+        tensors["loss"] = torch.tensor([[progress["loss_sum"], position["batch"]]], dtype=torch.float64)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        pass  # refused as damaged
+    return tensors, meta | {"progress": position}
+
+
+def _vectors(model: NVAE) -> dict[str, Tensor]:
+    """Tensors without values, in the shapes of the singular vectors of all convolutions."""
+    counts = Counter(shape_key(conv.weight) for conv in model.convolutions())
+    sides = {key: map(int, key.split("x")) for key in counts}
+    return {f"{name}/{key}": torch.empty(counts[key], side, device="meta")
+            for key, both in sides.items() for name, side in zip("uv", both, strict=True)}  # fmt: skip
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +140,8 @@ def _progress(folder: Path, meta: dict[str, Any]) -> Progress:
     try:
         progress = Progress(**meta["progress"])
         counts = (value for name, value in vars(progress).items() if name != "best")
-        if not all(isinstance(n, int) and n >= 0 for n in counts):
+        good = all(type(n) is int and n >= 0 for n in counts)
+        if not good or not (progress.best is None or type(progress.best) in (int, float)):
             raise TypeError(f"{progress}")
         return progress
     except (KeyError, TypeError) as error:
@@ -144,8 +174,18 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, if there is one."""
-        return named(self.folder, "latest")
+        """The newest checkpoint, if there is one; InputError where it cannot be told which of several it is."""
+        latest = named(self.folder, "latest")
+        if latest is None and (lost := [c.name for c in self._all() if _order(c)[0] > 0]):
+            raise InputError(
+                f"'{self.folder}' holds {max(lost)}, but no readable file 'latest': write the name of the checkpoint to go on "
+                "with there, or choose another --out"
+            )
+        return latest
+
+    def _all(self) -> list[Path]:
+        """The checkpoints that a run has written; what users put beside them under other names is theirs."""
+        return [folder for folder in self.folder.glob("step-*") if STEP.fullmatch(folder.name)]
 
     def resolve(self, path: str) -> Path:
         """The checkpoint folder at `path` (a checkpoint, or a run folder, whose newest counts)."""
@@ -175,9 +215,9 @@ class Checkpoints:
         latest = named(self.folder, "latest")
         keep = {named(self.folder, "best"), latest}
         if latest is not None:
-            before = [old for old in self.folder.glob("step-*") if _order(old) < _order(latest)]
+            before = [old for old in self._all() if _order(old) < _order(latest)]
             keep |= set(sorted(before, key=_order)[len(before) - min(self.keep - 1, len(before)) :])
-        for old in set(self.folder.glob("step-*")) - keep:
+        for old in set(self._all()) - keep:
             hidden = old.with_name(f".{old.name}.tmp")  # first: a kill must not leave a checkpoint that lacks some files
             shutil.rmtree(hidden, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -191,4 +231,4 @@ class Checkpoints:
 
 def _order(folder: Path) -> tuple[int, ...]:
     """(step, repetition) of a checkpoint folder, by which they follow one another."""
-    return tuple(int(number) for number in folder.name.split("-")[1:])
+    return tuple(map(int, re.findall(r"\d+", folder.name)))

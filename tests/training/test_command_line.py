@@ -169,6 +169,7 @@ def test_flags_from_a_file_and_given_ones_win(tmp_path):
     [
         ("epoch: 3", "unrecognized arguments: --epoch=3"),
         ("epochs: [3]", "'epochs' is [3]"),
+        ("config: other.yaml", "names another file, 'other.yaml'"),
         ("just words", "holds no 'name: value' lines"),
         ("a: b: c", "is not valid YAML"),
         ("epochs: !!python/object/apply:os.getcwd []", "is not valid YAML"),
