@@ -180,7 +180,9 @@ class Arena:
         if not self.intact():
             return False
         rate = (
-            torch.full((), lr, dtype=torch.float64, device=self.param.device) if isinstance(lr, (int, float)) else lr.double()
+            torch.full((), lr, dtype=torch.float64, device=self.param.device)
+            if isinstance(lr, (int, float))
+            else lr.to(self.param.device, torch.float64)
         )
         step_ = reference.flat_step_ if self._impl == "reference" else torch.ops.nvae_fast.adamax_flat_step_
         param, *others = state
