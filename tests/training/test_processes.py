@@ -56,7 +56,7 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(errors.read_text())
-    assert len(found) == 21
+    assert len(found) == 30
     for name, error in found.items():
         local = name.startswith("nvlabs") and not name.endswith("statistics")
         assert error > 1e-4 if local else error < 3e-6, (name, error)

@@ -130,7 +130,7 @@ def main(path: str) -> None:
             os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             with joined(torch.device("cpu")) as processes:
                 agree(processes)
-                errors = compare(processes, "fixed", (0, 8), ("fast", "balanced", "low"))
+                errors = compare(processes, "fixed", (0, 10, 20), ("fast", "balanced", "low"))
                 errors |= compare(processes, "nvlabs", (0,), ("balanced",))
             if rank == 0:
                 with open(path, "w") as file:
