@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+
+from nvae_fast.cli import main
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -48,5 +51,41 @@ def within_budget() -> Callable[[Tensor, Tensor, Tensor], None]:
         largest = exact.abs().max().item() if largest is None else largest
         budget = 2 * (plain_error + torch.finfo(dtype or got.dtype).eps * largest)
         assert error <= budget, f"error {error:.2e} over the budget {budget:.2e} (plain op: {plain_error:.2e})"
+
+    return check
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """cli("sample", run, "-n", 3): the exit code and what was printed."""
+
+    def call(*argv: object) -> Result:
+        capsys.readouterr()
+        code = main([str(a) for a in argv])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(cli) -> Callable[..., str]:
+    """refused("part of the line", ...)(*argv): exit code 2 and one line on stderr, which holds all the parts."""
+
+    def check(*parts: str) -> Callable[..., str]:
+        def call(*argv: object) -> str:
+            result = cli(*argv)
+            assert result.code == 2, result
+            assert result.err.startswith("nvae-fast: ") and result.err.count("\n") == 1, result.err
+            for part in parts:
+                assert part in result.err, result.err
+            return result.err
+
+        return call
 
     return check

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -54,11 +55,11 @@ class Rows(NamedTuple):
     kept: np.ndarray
 
 
-class ImageSource:
-    """A sequence of uint8 images [H,W,C] of one size.
+class ImageSource(ABC):
+    """uint8 images [H,W,C] of one size: a stream of them, or an IndexedSource.
 
     Attributes: name, channels, height, width; `images`, uint8 tensor [N,H,W,C] when they are in memory, else None;
-    `random_crop`, whether `batch` wants two random numbers per image.
+    `random_crop`, whether an image wants two random numbers for its crop.
     """
 
     images: torch.Tensor | None = None
@@ -72,10 +73,17 @@ class ImageSource:
     def __len__(self) -> int:
         return self._count
 
+    @abstractmethod
     def __getitem__(self, index: int) -> np.ndarray:
-        if not -self._count <= index < self._count:
-            raise IndexError(f"image {index} of {self._count}")
-        return self._one(index % self._count, None)
+        """An image, where they can be asked for by number."""
+
+    @abstractmethod
+    def readable(self, item: Any, /) -> np.ndarray | None:
+        """The image of an item of `chunks`, or None where it cannot be read."""
+
+    @abstractmethod
+    def chunks(self, size: int) -> Iterator[Sequence[Any]]:
+        """What `readable` takes, for all images in order, in pieces."""
 
     def fitted(self, image: np.ndarray, name: str, transform: Transform, u: np.ndarray | None) -> np.ndarray:
         """The image in the size of this source."""
@@ -97,27 +105,34 @@ class ImageSource:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self._count} images, {self.height}x{self.width}x{self.channels})"
 
+
+class IndexedSource(ImageSource):
+    """A sequence of images, in any order."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not -self._count <= index < self._count:
+            raise IndexError(f"image {index} of {self._count}")
+        return self._one(index % self._count, None)
+
+    @abstractmethod
     def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
         """uint8 [H,W,C] of one image; raises CorruptImage where it cannot be read."""
-        raise NotImplementedError
 
-    def readable(self, index: int) -> np.ndarray | None:
-        """The image, or None where it cannot be read."""
+    def readable(self, index: int, /) -> np.ndarray | None:
         return self._one(index, None)
 
     def chunks(self, size: int) -> Iterator[Sequence[int]]:
-        """What `readable` takes, for all images in order, in pieces."""
         return (range(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
+    @abstractmethod
     def batch(self, index: np.ndarray, u: np.ndarray | None = None, *, replace: bool = False) -> Rows:
         """The images of these indices; u [B,2] places random crops. Safe to call from several threads.
 
         An image that cannot be read is left out, or with `replace` the next one that can be read takes its place.
         """
-        raise NotImplementedError
 
 
-class MemorySource(ImageSource):
+class MemorySource(IndexedSource):
     """Images that lie in memory: uint8 array [N,H,W,C]."""
 
     def __init__(self, name: str, images: np.ndarray):
@@ -132,7 +147,7 @@ class MemorySource(ImageSource):
         return Rows(self._array[index], np.arange(len(index)))
 
 
-class LazySource(ImageSource):
+class LazySource(IndexedSource):
     """Images decoded when they are asked for.
 
     Args:
@@ -161,7 +176,7 @@ class LazySource(ImageSource):
     def _one(self, index: int, u: np.ndarray | None) -> np.ndarray:
         return self.fitted(self._read(index), self._label(index), self._transform, u)
 
-    def readable(self, index: int, u: np.ndarray | None = None) -> np.ndarray | None:
+    def readable(self, index: int, /, u: np.ndarray | None = None) -> np.ndarray | None:
         if self._label(index) in self.corrupt:
             return None
         try:

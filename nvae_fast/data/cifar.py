@@ -86,14 +86,17 @@ EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
 MEMOIZE GLOBAL STACK_GLOBAL REDUCE""".split()
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+_InPython: Any = vars(pickle)["_Unpickler"]  # the type stubs do not know it
+
+
+class _Unpickler(_InPython):
     """Loads plain data and byte arrays; any other global is refused before it is imported, and any other opcode.
 
     This is the unpickler written in Python: the one in C allocates whatever a place in its memo says. A key of a dictionary is
     a string: hashing tuples that hold each other twice can take for ever.
     """
 
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, name) for name in _OPCODES)}  # type: ignore
+    dispatch = {code[0]: _InPython.dispatch[code[0]] for code in (getattr(pickle, name) for name in _OPCODES)}
 
     def __init__(self, stream: io.BytesIO, name: str):
         super().__init__(stream, encoding="bytes")

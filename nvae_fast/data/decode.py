@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import InputError
 from .base import one_line, read_up_to
@@ -40,7 +41,7 @@ def _open(opened: Callable[[], BinaryIO], label: str) -> BinaryIO:
     """A file that is gone or may not be read is no corrupt image: passing over it would hide what is wrong."""
     try:
         return opened()
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # of a member of a zip archive
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # zipfile: damaged, encrypted, unknown method
         raise _failed(label, error) from None
     except OSError as error:
         raise InputError(f"cannot read {label}: {error.strerror or one_line(error)}") from None
@@ -59,8 +60,9 @@ def head(opened: Callable[[], BinaryIO], label: str) -> tuple[bool, tuple[int, i
             with Image.open(stream, formats=_FORMATS) as image:
                 _check_pixels(image)
                 # versions of Pillow differ in whether the size of a turned TIFF is the stored or the shown one
-                stored = image.format == "TIFF"
-                width, height = (int(image.tag_v2[256]), int(image.tag_v2[257])) if stored else image.size  # type: ignore
+                width, height = image.size
+                if isinstance(image, TiffImageFile):
+                    width, height = int(image.tag_v2[256]), int(image.tag_v2[257])
                 # asked for the EXIF of a PNG without one in front, Pillow decodes all of it to look behind the pixels
                 exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
                 turned = exif.get(0x0112) in (5, 6, 7, 8)

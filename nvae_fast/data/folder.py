@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from PIL import Image
 
@@ -69,14 +69,14 @@ class Archive:
         try:
             self._zip = zipfile.ZipFile(path)
             self.names = [info.filename for info in self._zip.infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:  # what zipfile raises on bad archives
             raise InputError(f"{path} is not a readable zip archive: {one_line(error)}") from None
 
     def label(self, name: str) -> str:
         return f"{self.path}:{name}"
 
     def open(self, name: str) -> BinaryIO:
-        return self._zip.open(name)  # type: ignore[return-value]
+        return cast(BinaryIO, self._zip.open(name))
 
 
 def read_folder(request: Request) -> ImageSource:

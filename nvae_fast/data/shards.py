@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from ..errors import InputError
@@ -86,7 +86,7 @@ def split_shards(request: Request) -> list[str]:
 
 def open_shard(name: str) -> BinaryIO:
     """Its bytes, in order. Errors: OSError where a local file cannot be opened."""
-    return HttpFile(name) if is_url(name) else open(name, "rb")  # type: ignore[return-value]
+    return cast(BinaryIO, HttpFile(name)) if is_url(name) else open(name, "rb")  # of which it has what tarfile reads with
 
 
 class HttpFile:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class StreamSource(ImageSource):
     def __getitem__(self, index: int) -> np.ndarray:
         raise InputError(f"'{self.name}' is a stream: its images cannot be asked for by number; make a loader")
 
-    def readable(self, item: Item, u: np.ndarray | None = None) -> np.ndarray | None:  # type: ignore[override]
+    def readable(self, item: Item, /, u: np.ndarray | None = None) -> np.ndarray | None:
         if item.label in self.corrupt:
             return None
         try:
@@ -274,7 +274,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
                 return
             if error is not None:
                 raise error
-            yield item  # type: ignore[misc]
+            yield cast(T, item)  # which comes without an error
     finally:
         stop.set()
         thread.join(5)  # one that waits for a server ends with the process

@@ -7,7 +7,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from ..errors import InputError
 from .base import one_line, read_up_to
@@ -33,12 +33,12 @@ class _Info(tarfile.TarInfo):
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0 or (info.type in _EXTENDED and info.size > 2**20):
             raise tarfile.ReadError(f"a header with {info.size} bytes")
-        return info  # type: ignore[return-value]
+        return cast(_Info, info)
 
 
 def members(stream: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The plain files of an archive. Modes: 'r:' where the stream can seek, 'r|' where it cannot, 'r:*' also compressed."""
-    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Info) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Info) as archive:  # type: ignore[call-overload]  # the stubs want a literal mode
         last = -1
         while (info := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep every header

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from nvae_fast import NVAE, NVAEConfig, TrainConfig
-from nvae_fast.cli import main
 
 CONFIG = NVAEConfig(
     name="tiny", image_size=(16, 16), padding=2, num_latent_scales=2, num_groups_per_scale=2, ada_groups=True,
@@ -67,41 +65,6 @@ def saved(tmp_path: Path, waves: np.ndarray) -> Path:
     training = dataclasses.replace(CONFIG.training, data=str(tmp_path / "waves.npy"))
     build(training=training).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """cli("sample", folder, "-n", 3): the exit code and what was printed."""
-
-    def call(*argv: object) -> Result:
-        capsys.readouterr()
-        code = main([str(a) for a in argv])
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def refused(cli) -> Callable[..., str]:
-    """refused("part of the line", ...)(*argv): exit code 2 and one line on stderr, which holds all the parts."""
-
-    def check(*parts: str) -> Callable[..., None]:
-        def call(*argv: object) -> None:
-            result = cli(*argv)
-            assert result.code == 2, result
-            assert result.err.startswith("nvae-fast: ") and result.err.count("\n") == 1, result.err
-            for part in parts:
-                assert part in result.err, result.err
-
-        return call
-
-    return check
 
 
 @pytest.fixture(scope="session")

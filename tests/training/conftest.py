@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from real_processes import Processes
 from safetensors.torch import load_file
 
 from nvae_fast import NVAE, NVAEConfig
-from nvae_fast.cli import main
 from nvae_fast.training import Trainer
 
 MODEL = (
@@ -27,12 +26,6 @@ MODEL = (
 ).split()
 RUN = "--preset demo --padding 0 --batch_size 16 --epochs 3 --warmup_epochs 1 --log_every 1 --no-bar --no-images".split()
 """With 54 training images: three steps an epoch, nine in all."""
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,18 +57,6 @@ def images(tmp_path_factory: pytest.TempPathFactory, waves) -> Path:
     return path
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """cli("sample", run, "-n", 3): the exit code and what was printed."""
-
-    def call(*argv: object) -> Result:
-        capsys.readouterr()
-        code = main([str(a) for a in argv])
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture(scope="session")
 def command(images: Path) -> Callable[..., list[object]]:
     """command(out, *flags): the command line of the tiny run into `out`; later flags win."""
@@ -83,27 +64,9 @@ def command(images: Path) -> Callable[..., list[object]]:
 
 
 @pytest.fixture
-def train(cli, command) -> Callable[..., Result]:
+def train(cli, command) -> Callable[..., Any]:
     """train(out, *flags): the tiny run, in this process."""
     return lambda out, *flags: cli(*command(out, *flags))
-
-
-@pytest.fixture
-def refused(cli) -> Callable[..., str]:
-    """refused("part of the line", ...)(*argv): exit code 2 and one line on stderr, which holds all the parts."""
-
-    def check(*parts: str) -> Callable[..., str]:
-        def call(*argv: object) -> str:
-            result = cli(*argv)
-            assert result.code == 2, result
-            assert result.err.startswith("nvae-fast: ") and result.err.count("\n") == 1, result.err
-            for part in parts:
-                assert part in result.err, result.err
-            return result.err
-
-        return call
-
-    return check
 
 
 @pytest.fixture(scope="session")
