@@ -1,7 +1,7 @@
 """Tell how much memory a training run takes, by part, and the largest batch that fits, before anything is trained.
 
-Takes the flags of `train`. Bytes are those of tensors: allocators, libraries and the process itself come on top. With
---launches: how many kernels a GPU would run for a training step instead, ours beside the same model in plain PyTorch.
+Takes the flags of `train`. The last row is the same model in plain PyTorch. Bytes are those of tensors: allocators, libraries
+and the process itself come on top. With --launches: how many kernels a GPU would run for a training step instead, of both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from nvae_fast.errors import InputError
 
 if TYPE_CHECKING:
     from nvae_fast.config import NVAEConfig
+    from nvae_fast.estimate import Footprint
 
 NAME = "estimate"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -62,12 +63,21 @@ def run(args: argparse.Namespace) -> None:
     )
     for name, part in (("weights", any_mode.weights), ("gradients", any_mode.gradients), ("optimiser", any_mode.optimizer)):
         print(f"  {name:10s} {readable(part):>10s}")
-    print(f"  --memory   kept for backward   peak of a step   an image more   largest batch in {readable(budget)}")
-    for mode, f in found.items():
+    rows = {f"--memory {mode}": f for mode, f in found.items()} | {"plain PyTorch": plain_footprint(config, precision)}
+    print(f"  {'':17s} kept for backward   peak of a step   an image more   largest batch in {readable(budget)}")
+    for name, f in rows.items():
         print(
-            f"  {mode:10s} {readable(f.kept):>17s}   {readable(f.peak):>14s}   {readable(f.per_image):>13s}   "
+            f"  {name:17s} {readable(f.kept):>17s}   {readable(f.peak):>14s}   {readable(f.per_image):>13s}   "
             f"{f.largest_batch(budget):16d}"
         )
+
+
+def plain_footprint(config: NVAEConfig, precision: str) -> Footprint:
+    """That of the published formulation on torch's own operations, channels-last."""
+    from nvae_fast.benchmarks.plain import plain
+    from nvae_fast.estimate import Tracer
+
+    return Tracer(config, precision=precision, rival=plain).footprint("fast", config.training.batch_size)
 
 
 def print_launches(config: NVAEConfig, precision: str) -> None:

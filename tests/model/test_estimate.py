@@ -60,9 +60,11 @@ def test_the_command_prints_every_mode(capsys):
     assert main(["estimate", "--preset", "demo", "--num_channels_enc", "4", "--num_channels_dec", "4", "--batch-size", "4",
                  "--budget", "1 GiB"]) == 0  # fmt: skip
     said = capsys.readouterr().out
-    rows = [line.split() for line in said.splitlines() if line.split()[0] in ("fast", "balanced", "low")]
-    assert [row[0] for row in rows] == ["fast", "balanced", "low"] and all(int(row[-1]) > 4 for row in rows)
+    rows = [line.split() for line in said.splitlines() if line.split()[0] in ("--memory", "plain")]
+    assert [row[1] for row in rows] == ["fast", "balanced", "low", "PyTorch"] and all(int(row[-1]) > 4 for row in rows)
     assert "largest batch in 1.00 GiB" in said
+    if NATIVE:  # the plain model keeps most
+        assert max(range(4), key=lambda i: float(rows[i][2])) == 3 and len({row[3] for row in rows}) == 1
 
 
 def test_sizes_are_read_as_people_write_them():
