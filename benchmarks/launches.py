@@ -29,7 +29,7 @@ from nvae_fast.benchmarks.plain import plain
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import RunError
 from nvae_fast.estimate import channels_last
-from nvae_fast.kernels import _auto, _impl, _lists
+from nvae_fast.kernels import _auto, _impl, _lists, _triton
 from nvae_fast.model import NVAE
 from nvae_fast.optim import FusedAdamax
 from nvae_fast.regularization import SpectralState
@@ -206,7 +206,12 @@ def _fakes() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     # A trainer reads on the CPU, and on a GPU does not, whether to skip a step: here it is told to do as on a GPU.
-    with warnings.catch_warnings(), patch.object(FakeTensor, "numpy", lambda t: False), FakeTensorMode():
+    with (
+        warnings.catch_warnings(),
+        patch.object(FakeTensor, "numpy", lambda t: False),
+        FakeTensorMode(),
+        patch.object(_triton, "_tickets", {}),
+    ):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # launchers put them in tables
         yield
 

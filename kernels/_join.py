@@ -1,15 +1,138 @@
-"""Sums and statistics of tasks joined in float64, in the order of the tasks: kernels, then launchers."""
+"""Sums and statistics of tasks joined in float64, in the order of the tasks.
+
+A kernel joins what its own programs leave (`joined_sums`, `joined_stats`): each stores its part and draws a ticket, and who
+draws the last one reads all parts. Many tasks are joined in groups first, each by the last of its group. Who is last changes
+from run to run, the order of adding does not: the same bits. Tickets are 0 between launches (`_triton.tickets`).
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels._tile import load_rows, store_row
 
 MANY = 128  # tasks, above which they are joined in 32 groups first: a program adds 32 tasks at a time, one after the other
+GROUPS = tl.constexpr(32)  # at most
+BLOCK_T = tl.constexpr(16)  # tasks that a program reads at a time
+
+
+@triton.jit
+def arrive(ticket_ptr, COUNT):
+    """Whether this program is the last of COUNT to call this, each with a part stored before: the last one may read all parts,
+    past the first-level cache (`load_parts`), which knows nothing of what other multiprocessors stored."""
+    tl.debug_barrier()  # one thread draws the ticket: all must have stored before it does
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    if last:
+        tl.store(ticket_ptr, 0)  # as the next launch expects it
+    return last
+
+
+@triton.jit
+def load_parts(ptr, t, c, last, C, PITCH):
+    """[BLOCK_T, BLOCK_C] of rows t, which are PITCH values apart, of a table [last, C or more]; 0 outside"""
+    inside = (t < last)[:, None] & (c < C)[None, :]
+    return tl.load(ptr + t[:, None] * PITCH + c[None, :], mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
+def add_parts(parts_ptr, first, last, c, C, PITCH):
+    """Sum over tasks first to last - 1 of the values at c, in float64"""
+    total = tl.zeros([BLOCK_T, c.shape[0]], tl.float64)
+    for t0 in range(first, last, BLOCK_T):
+        total += load_parts(parts_ptr, t0 + tl.arange(0, BLOCK_T), c, last, C, PITCH)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def add_stats(parts_ptr, first, last, c, M, C, CHUNK):
+    """Mean and sum of squares about it over tasks first to last - 1, of CHUNK values each (the last of M may have fewer), from
+    those of parts [tasks, 2, C] (Chan et al. 1983)"""
+    count = tl.minimum(M, last.to(tl.int64) * CHUNK) - first.to(tl.int64) * CHUNK
+    total = tl.zeros([BLOCK_T, c.shape[0]], tl.float64)
+    for t0 in range(first, last, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
+        total += load_parts(parts_ptr, t, c, last, C, 2 * C) * rows[:, None]
+    mean = tl.sum(total, 0) / count
+    total = tl.zeros([BLOCK_T, c.shape[0]], tl.float64)
+    for t0 in range(first, last, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
+        d = load_parts(parts_ptr, t, c, last, C, 2 * C) - mean[None, :]
+        spread = load_parts(parts_ptr + C, t, c, last, C, 2 * C) + d * d * rows[:, None]
+        total += tl.where((t < last)[:, None], spread, 0.0)
+    return mean, tl.sum(total, 0)
+
+
+@triton.jit
+def joined_sums(parts_ptr, tickets_ptr, task, block, c, C, TASKS, GROUP):
+    """(whether this program holds the result, sums of both rows of parts [TASKS + groups, 2, C] over the tasks, at c). To be
+    called by all programs, each having stored row `task` for the columns c, of which `block` is the number. The host's part is
+    `Join`."""
+    tickets = tickets_ptr + block * (1 + GROUPS)
+    group, first = task // GROUP, task // GROUP * GROUP
+    last = tl.minimum(first + GROUP, TASKS)
+    s1 = tl.zeros([c.shape[0]], tl.float64)
+    s2 = tl.zeros([c.shape[0]], tl.float64)
+    done = arrive(tickets + 1 + group, last - first)
+    if done:
+        s1 = add_parts(parts_ptr, first, last, c, C, 2 * C)
+        s2 = add_parts(parts_ptr + C, first, last, c, C, 2 * C)
+        if GROUP < TASKS:
+            store_row(parts_ptr, 2 * (TASKS + group), c, C, s1)
+            store_row(parts_ptr, 2 * (TASKS + group) + 1, c, C, s2)
+            groups = tl.cdiv(TASKS, GROUP)
+            done = arrive(tickets, groups)
+            if done:
+                s1 = add_parts(parts_ptr, TASKS, TASKS + groups, c, C, 2 * C)
+                s2 = add_parts(parts_ptr + C, TASKS, TASKS + groups, c, C, 2 * C)
+    return done, s1, s2
+
+
+@triton.jit
+def joined_stats(parts_ptr, tickets_ptr, task, block, c, M, C, CHUNK, TASKS, GROUP):
+    """(whether this program holds the result, mean, biased variance) of M values from the parts of tasks; as `joined_sums`"""
+    tickets = tickets_ptr + block * (1 + GROUPS)
+    group, first = task // GROUP, task // GROUP * GROUP
+    last = tl.minimum(first + GROUP, TASKS)
+    mean = tl.zeros([c.shape[0]], tl.float64)
+    spread = tl.zeros([c.shape[0]], tl.float64)
+    done = arrive(tickets + 1 + group, last - first)
+    if done:
+        mean, spread = add_stats(parts_ptr, first, last, c, M, C, CHUNK)
+        if GROUP < TASKS:
+            store_row(parts_ptr, 2 * (TASKS + group), c, C, mean)
+            store_row(parts_ptr, 2 * (TASKS + group) + 1, c, C, spread)
+            groups = tl.cdiv(TASKS, GROUP)
+            done = arrive(tickets, groups)
+            if done:
+                above = parts_ptr + 2 * TASKS * C
+                mean, spread = add_stats(above, groups * 0, groups, c, M, C, CHUNK.to(tl.int64) * GROUP)
+    var = spread / M
+    return done, mean, tl.where(var < 0, 0.0, var)  # NaN stays
+
+
+class Join(NamedTuple):
+    """What the launcher of a kernel with `joined_sums` or `joined_stats` passes on."""
+
+    parts: Tensor  # [TASKS + groups, 2, C]
+    tickets: Tensor
+    TASKS: int
+    GROUP: int
+
+
+def join(like: Tensor, tasks: int, channels: int, blocks: int) -> Join:
+    """For the programs of `tasks` tasks in each of `blocks` blocks of columns, on the device of `like`"""
+    group = max(triton.cdiv(tasks, GROUPS.value), BLOCK_T.value)
+    rows = tasks + (triton.cdiv(tasks, group) if group < tasks else 0)
+    parts = like.new_empty(rows, 2, channels, dtype=torch.float32)
+    return Join(parts, _triton.tickets(like.device, blocks * (1 + GROUPS.value)), tasks, group)
 
 
 @triton.jit

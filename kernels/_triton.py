@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,12 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TICKETS = 1 << 13  # that launches of a stream share
+SPARES = 8  # streams of captures that nothing ran on before
+
+_lock = threading.Lock()  # backward runs in threads of its own
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+_spare_tickets: dict[torch.device, list[Tensor]] = {}
 
 
 def can_run(tensors: Sequence[Tensor]) -> str | None:
@@ -123,6 +130,36 @@ def wide(t: Tensor) -> bool:
 def unit(n: int) -> int:
     """The largest power of 2 that divides n, 16 at most."""
     return math.gcd(n, 16)
+
+
+def tickets(device: torch.device, count: int) -> Tensor:
+    """`count` int32 or more, 0 now and to be left 0 by the launch that they are passed to (_join.py).
+
+    Launches of a stream follow each other and share them, so that nobody has to zero them again. They are never freed: CUDA
+    graphs keep their address, and those captured on one stream share them too, so they must not run at the same time. Raises
+    RuntimeError during a capture on a device that no ordinary call has gone before on.
+    """
+    if count > TICKETS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _tickets.get((device, stream))
+    if found is None:
+        with _lock:
+            found = _tickets[device, stream] = _more_tickets(device)
+    return found
+
+
+def _more_tickets(device: torch.device) -> Tensor:
+    """Zeros that were written before a capture, not by it: a graph would write them at its replays alone."""
+    spares = _spare_tickets.setdefault(device, [])
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if not spares:
+            raise RuntimeError("a CUDA graph captures its first call of a fused op: make the call once before, uncaptured")
+        return spares.pop()
+    count = SPARES - len(spares) if device.type == "cuda" else 0
+    found, *more = torch.zeros(1 + count, TICKETS, dtype=torch.int32, device=device).unbind()
+    spares += more
+    return found
 
 
 def power_of_2(n: int, most: int) -> int:

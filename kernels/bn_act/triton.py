@@ -1,6 +1,6 @@
 """bn_act on a GPU: kernels, then launchers. x is rows of pixels [M, C]; a program has a tile [BLOCK_M, BLOCK_C] in registers.
 
-Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 (kernels/_join.py).
+Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 by the last of them (kernels/_join.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import join_stats, join_sums
+from nvae_fast.kernels._join import join, joined_stats, joined_sums
 from nvae_fast.kernels._tile import (
     MEAN,
     RSTD,
@@ -30,8 +30,10 @@ from nvae_fast.kernels.bn_act.ops import empty_image
 
 
 @triton.jit
-def bn_act_stats_kernel(x_ptr, parts_ptr, M, C, CHUNK, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about the mean of its first tile."""
+def bn_act_stats_kernel(x_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, CHUNK, WIDE: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """out [2, C], mean and biased variance, of parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about
+    the mean of its first tile."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
     rows = tl.minimum(M - offset_of(task, WIDE) * CHUNK, CHUNK).to(tl.float32)
@@ -46,6 +48,10 @@ def bn_act_stats_kernel(x_ptr, parts_ptr, M, C, CHUNK, WIDE: tl.constexpr, BLOCK
     total = tl.sum(s1, 0)
     store_row(parts_ptr + task * 2 * C, 0, c, C, pivot + total / rows)
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0) - total * total / rows)
+    done, mean, var = joined_stats(parts_ptr, tickets_ptr, task, tl.program_id(1), c, M, C, CHUNK, TASKS, GROUP)
+    if done:
+        store_row(out_ptr, 0, c, C, mean)
+        store_row(out_ptr, 1, c, C, var)
 
 
 @triton.jit
@@ -111,9 +117,9 @@ def bn_act_fwd_kernel(
 
 
 @triton.jit
-def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, parts_ptr, M, C, CHUNK, ACT: tl.constexpr, WIDE: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is 0."""
+def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, CHUNK, ACT: tl.constexpr,
+                       WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """out [2, C] from parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is 0."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
     mean = load_row(bn_ptr, MEAN, c, C)[None, :]
@@ -129,6 +135,10 @@ def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, parts_ptr, M, C, CHUNK, ACT: tl.co
         m += BLOCK_M
     store_row(parts_ptr + task * 2 * C, 0, c, C, tl.sum(s1, 0))
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0))
+    done, total, moment = joined_sums(parts_ptr, tickets_ptr, task, tl.program_id(1), c, C, TASKS, GROUP)
+    if done:
+        store_row(out_ptr, 0, c, C, total)
+        store_row(out_ptr, 1, c, C, moment)
 
 
 @_triton.autotuned("C")
@@ -160,9 +170,11 @@ def bn_act_stats(x: Tensor) -> Tensor:
     rows, channels, grid, chunk, sizes = _reduction(x)
     if not x.numel():
         return x.new_zeros(2, channels, dtype=torch.float32)
-    parts = x.new_empty(grid[0], 2, channels, dtype=torch.float32)
-    bn_act_stats_kernel[grid](x, parts, rows, channels, chunk, WIDE=_triton.wide(x), **sizes)
-    return join_stats(parts, rows, chunk)
+    out = x.new_empty(2, channels, dtype=torch.float32)
+    bn_act_stats_kernel[grid](
+        x, out, *join(x, grid[0], channels, grid[1]), rows, channels, chunk, WIDE=_triton.wide(x), **sizes
+    )
+    return out
 
 
 def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -213,9 +225,9 @@ def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int) -> Tensor:
     bn = _triton.floats("coefficients", bn, 5, channels)
     if not x.numel():
         return bn.new_zeros(2, channels)
-    parts = bn.new_empty(grid[0], 2, channels)
-    bn_act_sums_kernel[grid](dy, x, bn, parts, rows, channels, chunk, ACT=act, WIDE=_triton.wide(x), **sizes)
-    return join_sums(parts)
+    out, parts = bn.new_empty(2, channels), join(x, grid[0], channels, grid[1])
+    bn_act_sums_kernel[grid](dy, x, bn, out, *parts, rows, channels, chunk, ACT=act, WIDE=_triton.wide(x), **sizes)
+    return out
 
 
 def bn_act_bwd(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor) -> Tensor:

@@ -25,7 +25,15 @@ MODULES += "flow_cell.triton", "power_iteration.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
 STORED |= {"h1_ptr", "da1_ptr", "da2_ptr"}
-KINDS = {"rows_ptr": "i32", "active_ptr": "i1", "take_ptr": "i1", "lr_ptr": "fp64", "squares_ptr": "fp64", "total_ptr": "fp64"}
+KINDS = {
+    "tickets_ptr": "i32",
+    "rows_ptr": "i32",
+    "active_ptr": "i1",
+    "take_ptr": "i1",
+    "lr_ptr": "fp64",
+    "squares_ptr": "fp64",
+    "total_ptr": "fp64",
+}
 REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
 REALS |= {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
@@ -157,8 +165,24 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         "shared": binary.metadata.shared,
         "wgmma": len(products),
         "wgmma_registers": sum(bool(re.search(r"\}, *\{", p)) for p in products),  # whose left operand is in registers
+        "joins": _joins(ptx),
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
     }
+
+
+def _joins(ptx: str) -> list[dict[str, bool]]:
+    """Of each ticket that the kernel draws: whether all threads have stored before, whether it is ordered with what every other
+    multiprocessor does, and whether what is read behind it is read past the first-level cache."""
+    found = []
+    before, *behind = re.split(r"(?=@\S+ atom\.global[\w.]*\.add)", ptx)
+    for text in behind:
+        found.append({
+            "stored": "bar.sync" in re.split(r"st\.global", before)[-1],
+            "ordered": "atom.global.gpu.acq_rel.add" in text.split("\n")[0],
+            "fresh": "ld.global.cg" in text and not re.search(r"ld\.global(?!\.cg)", text),
+        })  # fmt: skip
+        before = text
+    return found
 
 
 def _widths(ptx: str, access: str) -> dict[str, int]:

@@ -13,6 +13,8 @@ import pytest
 
 PRODUCTS = tuple(f"pointwise_conv_{name}_kernel" for name in ("fwd", "du", "dweight"))
 
+JOINING = {f"bn_act_{name}_kernel" for name in ("stats", "sums")}  # what their programs leave
+
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory) -> list[dict]:
@@ -49,6 +51,15 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
         assert set(row["loads"]) == {"128"} and row["loads"]["128"] >= len(read), row
         if {"y_ptr", "dx_ptr", "du_ptr"} & set(row["images"]) - set(row.get("absent", ())):
             assert set(row["stores"]) == {"128"}, row
+
+
+def test_parts_are_stored_before_a_ticket_is_drawn_and_read_from_where_all_programs_see_them(rows):
+    """bar.sync, then an atomic that orders across the GPU, then loads past the first-level cache."""
+    joining = [row for row in rows if row["joins"]]
+    assert {row["kernel"] for row in joining} == JOINING
+    for row in joining:
+        assert len(row["joins"]) == 2 - row.get("ones", False), row  # of a group's tasks, of all groups; of a single task
+        assert all(all(ticket.values()) for ticket in row["joins"]), row
 
 
 def test_products_of_tiles_take_their_left_operand_from_registers(rows):

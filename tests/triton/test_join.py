@@ -1,22 +1,139 @@
-"""Sums and statistics of tasks joined in order, in one step and in two."""
+"""Sums and statistics of tasks joined in order, by launches of their own and by the last program of a launch; its tickets."""
 
 from __future__ import annotations
+
+import types
 
 import pytest
 import torch
 
+from nvae_fast.kernels import _triton
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from nvae_fast.kernels._join import arrive, join, join_stats, join_sums, joined_stats, joined_sums  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+ROWS = 7  # of a task
+
+
+def parts_of(tasks, last=ROWS, channels=5):
+    """(values [., channels], mean and sum of squares about it of each task)"""
+    x = torch.randn(tasks * ROWS - ROWS + last, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(tasks))
+    parts = [torch.stack((t.mean(0), (t - t.mean(0)).square().sum(0))) for t in (x + 30).split(ROWS)]
+    return x + 30, torch.stack(parts).float()
 
 
 @pytest.mark.parametrize("last", [7, 3])
 @pytest.mark.parametrize("tasks", [1, 33, 128, 129, 300])
 def test_tasks_of_seven_values_of_which_the_last_may_have_fewer(tasks, last):
-    from nvae_fast.kernels._join import join_stats, join_sums
-
-    x = torch.randn(tasks * 7 - 7 + last, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(tasks)) + 30
-    parts = torch.stack([torch.stack((t.mean(0), (t - t.mean(0)).square().sum(0))) for t in x.split(7)]).float()
-    mean, var = join_stats(parts, len(x), 7)
+    x, parts = parts_of(tasks, last)
+    mean, var = join_stats(parts, len(x), ROWS)
     torch.testing.assert_close(mean.double(), x.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), x.var(0, correction=0), rtol=1e-6, atol=0)
     torch.testing.assert_close(join_sums(parts).double(), parts.double().sum(0), rtol=2e-7, atol=0)
     assert torch.equal(join_sums(parts, torch.float16), join_sums(parts).half())
+
+
+@triton.jit
+def in_any_order_kernel(from_ptr, order_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, CHUNK, STATS: tl.constexpr,
+                        BLOCK_C: tl.constexpr):  # fmt: skip
+    """Program i does task order[i], where `from` has what the task finds."""
+    task, block = tl.load(order_ptr + tl.program_id(0)), tl.program_id(1)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    for row in range(2):
+        value = tl.load(from_ptr + (2 * task + row) * C + c, mask=c < C)
+        tl.store(parts_ptr + (2 * task + row) * C + c, value, mask=c < C)
+    if STATS:
+        done, a, b = joined_stats(parts_ptr, tickets_ptr, task, block, c, M, C, CHUNK, TASKS, GROUP)
+    else:
+        done, a, b = joined_sums(parts_ptr, tickets_ptr, task, block, c, C, TASKS, GROUP)
+    if done:
+        tl.store(out_ptr + c, a.to(tl.float32), mask=c < C)
+        tl.store(out_ptr + C + c, b.to(tl.float32), mask=c < C)
+
+
+def joined(x, parts, stats, order, block=4):
+    tasks, _, channels = parts.shape
+    out, blocks = torch.full((2, channels), torch.nan), triton.cdiv(channels, block)
+    given = join(parts, tasks, channels, blocks)
+    given.parts.fill_(torch.nan)
+    in_any_order_kernel[(tasks, blocks)](parts, order, out, *given, len(x), channels, ROWS, STATS=stats, BLOCK_C=block)
+    assert not given.tickets.any()  # as the next launch expects them
+    return out
+
+
+def test_the_last_program_joins_the_same_bits_in_any_order_launch_after_launch():
+    for tasks in (1, 16, 17, 530, 40):
+        x, parts = parts_of(tasks, last=3)
+        ways = [torch.arange(tasks), torch.arange(tasks).flip(0), torch.randperm(tasks)]
+        for stats in (True, False):
+            found, *others = (joined(x, parts, stats, order) for order in ways)
+            assert all(torch.equal(found, other) for other in others)
+            truth = torch.stack((x.mean(0), x.var(0, correction=0))) if stats else parts.double().sum(0)
+            torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+
+
+def test_nan_stays_in_its_channel_and_an_equal_channel_has_no_negative_variance():
+    x, parts = parts_of(20)
+    parts[7, 0, 1], parts[:, :, 2] = torch.nan, torch.tensor([3.0, -1e-6])
+    for stats in (True, False):
+        assert joined(x, parts, stats, torch.arange(20)).isnan().tolist() == [
+            [False, True, *[False] * 3],
+            [False, stats, *[False] * 3],
+        ]
+    assert joined(x, parts, True, torch.arange(20))[1, 2] == 0
+
+
+@triton.jit
+def counting_kernel(ticket_ptr, out_ptr, COUNT):
+    if arrive(ticket_ptr, COUNT):
+        tl.store(out_ptr, tl.load(out_ptr) + tl.program_id(0))
+
+
+def test_one_program_of_a_launch_is_the_last():
+    tickets, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    for count in (5, 1, 3):
+        counting_kernel[(count,)](tickets, out, count)
+    assert out.item() == 4 + 0 + 2 and tickets.item() == 0
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Settings of a device that is none: its tickets lie on the CPU."""
+    state, zeros = types.SimpleNamespace(stream=1, capturing=False, made=0), torch.zeros
+
+    def made(*sizes, dtype, device):
+        state.made += 1
+        assert not state.capturing  # they would be zeros at the graph's replays alone
+        return zeros(*sizes, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch, "zeros", made)
+    for name in ("_tickets", "_spare_tickets"):
+        monkeypatch.setattr(_triton, name, {})
+    return state
+
+
+def test_a_stream_has_tickets_of_its_own_which_stay(gpu):
+    device = torch.device("cuda", 0)
+    first = _triton.tickets(device, 5)
+    assert _triton.tickets(device, _triton.TICKETS) is first and len(first) == _triton.TICKETS and gpu.made == 1
+    gpu.stream = 2
+    assert _triton.tickets(device, 5).data_ptr() != first.data_ptr()
+    assert _triton.tickets(torch.device("cuda", 1), 5) is not _triton.tickets(device, 5)
+    assert len(_triton.tickets(device, _triton.TICKETS + 1)) == _triton.TICKETS + 1  # these a launch has for itself
+
+
+def test_a_capture_takes_tickets_that_were_zeroed_before_it(gpu):
+    device, gpu.capturing = torch.device("cuda", 0), True
+    with pytest.raises(RuntimeError, match="make the call once before, uncaptured"):
+        _triton.tickets(device, 5)
+    gpu.capturing = False
+    places = {_triton.tickets(device, 5).data_ptr()}
+    gpu.capturing = True
+    for gpu.stream in range(2, 2 + _triton.SPARES):
+        places.add(_triton.tickets(device, 5).data_ptr())
+    assert len(places) == 1 + _triton.SPARES and gpu.made == 1
