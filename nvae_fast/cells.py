@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.errors import InputError
-from nvae_fast.layers import BatchNormAct2d, InvertedResidual, SqueezeExcite, WeightNormConv2d
+from nvae_fast.layers import BatchNormAct2d, InvertedResidual, SqueezeExcite, WeightNormConv2d, effective
 from nvae_fast.layers.conv import same_padding
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.05
@@ -69,8 +69,8 @@ class ActConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
-            return F.conv2d(x, conv.effective_weight(), conv.bias, norm=self.bn.norm, act=self.act, stride=conv.stride[0],
-                            padding=conv.padding[0], dilation=conv.dilation[0])  # fmt: skip
+            return F.conv2d(x, conv.effective_weight(), effective(conv, "bias"), norm=self.bn.norm, act=self.act,
+                            stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0])  # fmt: skip
         x = tf.elu(x) if self.bn is None else self.bn(x)
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
@@ -112,7 +112,7 @@ class FactorizedReduce(nn.Module):
             tf.pad(conv.effective_weight(), (column, 1 - column, row, 1 - row))
             for conv, (row, column) in zip(convs, self.OFFSETS, strict=True)
         ]
-        return tf.conv2d(tf.silu(x), torch.cat(weights), torch.cat([conv.bias for conv in convs]), stride=2)
+        return tf.conv2d(tf.silu(x), torch.cat(weights), torch.cat([effective(conv, "bias") for conv in convs]), stride=2)
 
 
 class UpsampleProject(nn.Module):
@@ -173,4 +173,6 @@ class DecoderCombiner(nn.Module):
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
         of_h, of_z = self.conv.effective_weight().split((h.shape[1], z.shape[1]), dim=1)
-        return self.conv._conv_forward(h, of_h, self.conv.bias) + self.conv._conv_forward(z.to(h.dtype), of_z, None)
+        return self.conv._conv_forward(h, of_h, effective(self.conv, "bias")) + self.conv._conv_forward(
+            z.to(h.dtype), of_z, None
+        )

@@ -73,6 +73,8 @@ class Tracer:
         kept, peak = self._trace(memory, batch)
         other = SMALL if batch != SMALL else 2 * SMALL
         per_image = (peak - self._trace(memory, other)[1]) / (batch - other)
+        if per_image <= 0:  # with so few images the worst moment is that of the gradients of all weights
+            per_image = (self._trace(memory, 8 * batch)[1] - self._trace(memory, 4 * batch)[1]) / (4 * batch)
         return Footprint(weights, gradients, gradients * (2 + self.ema), kept, state + peak, per_image, batch)
 
     def _trace(self, memory: str, batch: int) -> tuple[int, int]:

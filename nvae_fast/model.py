@@ -224,7 +224,7 @@ class NVAE(ModelFiles, nn.Module):
         the mean KL of every group over processes, for the balancing (`objective.balance_kl`).
         """
         c = self.config
-        with shared_effective_weights(self.convolutions()):
+        with shared_effective_weights(self.convolutions(), self.batch_norms()):
             out = self(x, noise)
             bn = sr = out.log_q.new_zeros(())
             if isinstance(spectral_coeff, Tensor) or spectral_coeff:

@@ -32,7 +32,7 @@ def readjust_bn(model: NVAE, *, temperature: Temperature, iterations: int = 500,
     model.train()
     done = False
     try:
-        with shared_effective_weights(model.convolutions()), torch.autocast(model.prior_ftr0.device.type, enabled=False):
+        with torch.autocast(model.prior_ftr0.device.type, enabled=False), shared_effective_weights(model.convolutions()):
             for i in range(iterations):
                 model.sample(batch_size, temperature, generator=generator)
                 last = i == iterations - 1

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.errors import InputError
-from nvae_fast.kernels.power_iteration.joint import Joint
+from nvae_fast.kernels.shared_weights import SharedWeights
 from nvae_fast.layers.conv import WeightNormConv2d
 
 FIRST_ITERATIONS, ITERATIONS = 40, 4
-Member = tuple[Tensor, "tuple[Joint, int] | None"]
+Member = tuple[Tensor, "tuple[SharedWeights, int] | None"]
 
 
 class SpectralState:
@@ -38,16 +38,15 @@ class SpectralState:
 
     def __call__(self, convs: Sequence[nn.Conv2d]) -> Tensor:
         """The spectral regulariser (a scalar); moves u and v."""
-        # Where effective weights are shared, their gradients take u v^T in one call.
-        joints = {joint[0]: None for c in convs if (joint := getattr(c, "joint", None)) and not joint[0].claimed}
-        for joint in joints:
-            joint.claimed = True
+        # Where weights are shared, their gradients take u v^T along on their way to the parameters.
+        places = [getattr(conv, "joint", None) for conv in convs]
+        zeros = {shared: shared.claim("spectral") for shared in dict.fromkeys(place[0] for place in places if place)}
         groups: dict[str, list[Member]] = {}
-        for conv in convs:
-            weight = conv.effective_weight() if isinstance(conv, WeightNormConv2d) else conv.weight
-            place = getattr(conv, "joint", None)
-            groups.setdefault(shape_key(weight), []).append((weight, place if place and place[0] in joints else None))
-        total = [joint.token for joint in joints]
+        for conv, place in zip(convs, places, strict=True):
+            joined = place is not None and zeros[place[0]] is not None
+            weight = place[0].matrix(place[1]) if joined else _own(conv)
+            groups.setdefault(shape_key(weight), []).append((weight, place if joined else None))
+        total = [zero for zero in zeros.values() if zero is not None]
         for iterations in (FIRST_ITERATIONS, ITERATIONS):
             keys = [k for k in groups if (k in self._warm) == (iterations == ITERATIONS)]
             total += self._advance({k: groups[k] for k in keys}, iterations)
@@ -63,7 +62,7 @@ class SpectralState:
         for joined in (True, False):
             which = [i for i, (_, place) in enumerate(members) if (place is not None) == joined]
             if which:
-                weights = [members[i][0].detach() if joined else members[i][0] for i in which]
+                weights = [members[i][0] for i in which]
                 old = [u[i] for i in which], [v[i] for i in which]
                 sigma, *new = F.power_iteration(weights, *old, iterations=iterations)
                 with torch.no_grad():
@@ -71,8 +70,8 @@ class SpectralState:
                 sums.append(sigma.sum())
                 for i, vectors in zip(which, zip(*new, strict=True), strict=True):
                     if joined:
-                        joint, number = members[i][1]
-                        joint.vectors[number] = vectors
+                        shared, number = members[i][1]
+                        shared.terms[number] = "spectral", *vectors
         return sums
 
     def _ensure_vectors(self, key: str, weights: list[Tensor]) -> None:
@@ -102,6 +101,14 @@ class SpectralState:
                 else:
                     store[key] = t.clone()
         self._warm = set(self.u) if warm else set()
+
+
+def _own(conv: nn.Conv2d) -> Tensor:
+    """The weight that it convolves with, with its gradient, in the type of its parameter."""
+    if not isinstance(conv, WeightNormConv2d):
+        return conv.weight
+    weight = conv.effective_weight()
+    return weight if weight.dtype == conv.weight.dtype else conv.normalised()
 
 
 def shape_key(weight: Tensor) -> str:

@@ -1,5 +1,6 @@
 """weight_norm on a GPU: all weights in one launch per type. A program has BLOCK_R rows of one weight and passes over them
-twice, first for their sums, then for the results, when they come from cache."""
+twice, first for their sums, then for the results, when they come from cache. `shared_weights` launches the kernels too, with
+results in a type of their own, and with terms factor u v^T added to the gradients."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from nvae_fast.kernels._tile import TYPES, pointer_in
 
 BLOCK_R, BLOCK_K = 2, 1024
 
-# A row of the table of items: addresses (0: none), sizes, strides of log_norm and its gradient, whether accesses may be wide.
-WEIGHT, MASK, GRAD, OUT, LOG_NORM, DLOG_NORM = (tl.constexpr(i) for i in range(6))
-ROWS, COLUMNS, FIRST_JOB, LOG_STRIDE, DLOG_STRIDE, ALIGNED = (tl.constexpr(i) for i in range(6, 12))
-FIELDS = tl.constexpr(12)
+# A row of the table of items: addresses (0: none), sizes, strides of log_norm and its gradient, whether accesses may be wide,
+# period and step of the columns (column j in memory is number j % PERIOD * STEP + j // PERIOD, which v counts by).
+WEIGHT, MASK, GRAD, OUT, LOG_NORM, DLOG_NORM, FACTOR, U, V = (tl.constexpr(i) for i in range(9))
+ROWS, COLUMNS, FIRST_JOB, LOG_STRIDE, DLOG_STRIDE, ALIGNED, PERIOD, STEP = (tl.constexpr(i) for i in range(9, 17))
+FIELDS = tl.constexpr(17)
 
 
 @triton.jit
@@ -30,17 +32,29 @@ def find_rows(jobs_table, items_table, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def columns_of(item, STORED: tl.constexpr, WIDE: tl.constexpr):
+def columns_of(item, A: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr):
+    """Whose rows of types A and B may be read and written 16 bytes at a time if WIDE."""
     columns = tl.load(item + COLUMNS).to(tl.int32)
     if WIDE:
-        columns = tl.multiple_of(columns, 128 // STORED.primitive_bitwidth)
+        columns = tl.multiple_of(columns, 128 // min(A.primitive_bitwidth, B.primitive_bitwidth))
     return columns
 
 
 @triton.jit
 def load_values(pointer, at, inside):
-    """As float32, 0 outside."""
-    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+    """As float32, 0 outside and where there are none."""
+    return tl.load(pointer + at, mask=inside & (pointer.to(tl.int64) != 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_term(item, r, k, inside):
+    """factor u v^T at these rows and columns: u is 1 where there is none, the product 0 where there is no v."""
+    factor_ptr, u_ptr = pointer_in(item, FACTOR, tl.float32, False), pointer_in(item, U, tl.float32, False)
+    v_ptr, period = pointer_in(item, V, tl.float32, False), tl.load(item + PERIOD).to(tl.int32)
+    some = v_ptr.to(tl.int64) != 0
+    left = tl.load(u_ptr + r, mask=(u_ptr.to(tl.int64) != 0) & (r < tl.load(item + ROWS)), other=1.0)
+    right = tl.load(v_ptr + (k % period * tl.load(item + STEP) + k // period), mask=inside & some, other=0.0)
+    return tl.load(factor_ptr, mask=some, other=0.0) * left * right
 
 
 @triton.jit
@@ -58,8 +72,9 @@ def load_norm(item, r, NORM: tl.constexpr):
 
 
 @triton.jit
-def write_weights(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
-    columns, inside_rows = columns_of(item, STORED, WIDE), (r < tl.load(item + ROWS))[:, None]
+def write_weights(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, RESULT: tl.constexpr, BLOCK_K: tl.constexpr,
+                  WIDE: tl.constexpr):  # fmt: skip
+    columns, inside_rows = columns_of(item, STORED, RESULT, WIDE), (r < tl.load(item + ROWS))[:, None]
     w_ptr, mask_ptr = pointer_in(item, WEIGHT, STORED, WIDE), pointer_in(item, MASK, tl.float32, WIDE)
     first = r[:, None] * columns
     squares = tl.zeros([r.shape[0], BLOCK_K], tl.float32)
@@ -70,21 +85,30 @@ def write_weights(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_
         squares += x * x
     norm = tl.sqrt(tl.sum(squares.to(tl.float64), 1))
     scale = (load_norm(item, r, NORM) / (norm + eps)).to(tl.float32)[:, None]
-    out_ptr = pointer_in(item, OUT, STORED, WIDE)
+    out_ptr = pointer_in(item, OUT, RESULT, WIDE)
     for k0 in range(0, columns, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]
         inside = inside_rows & (k < columns)
         x = load_values(w_ptr, first + k, inside) * load_mask(mask_ptr, first + k, inside)
-        tl.store(out_ptr + (first + k), (scale * x).to(STORED), mask=inside)
+        tl.store(out_ptr + (first + k), (scale * x).to(RESULT), mask=inside)
 
 
 @triton.jit
-def write_gradients(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+def load_gradient(item, r, k, first, inside, GIVEN: tl.constexpr, TERMS: tl.constexpr, WIDE: tl.constexpr):
+    gradient = load_values(pointer_in(item, GRAD, GIVEN, WIDE), first + k, inside)
+    if TERMS:
+        gradient += load_term(item, r[:, None], k, inside)
+    return gradient
+
+
+@triton.jit
+def write_gradients(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, TERMS: tl.constexpr,
+                    BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """With the unit row h = x / n: dx = e / d ((g - h (g.h)) + h (g.h) eps / d). In a row with one element that counts the
     first bracket is 0 but for rounding, and the second keeps its digits."""
-    columns, inside_rows = columns_of(item, STORED, WIDE), (r < tl.load(item + ROWS))[:, None]
+    columns, inside_rows = columns_of(item, STORED, GIVEN, WIDE), (r < tl.load(item + ROWS))[:, None]
     w_ptr, mask_ptr = pointer_in(item, WEIGHT, STORED, WIDE), pointer_in(item, MASK, tl.float32, WIDE)
-    grad_ptr, out_ptr = pointer_in(item, GRAD, STORED, WIDE), pointer_in(item, OUT, STORED, WIDE)
+    out_ptr = pointer_in(item, OUT, STORED, WIDE)
     first = r[:, None] * columns
     squares = tl.zeros([r.shape[0], BLOCK_K], tl.float32)
     products = tl.zeros([r.shape[0], BLOCK_K], tl.float32)
@@ -93,7 +117,7 @@ def write_gradients(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOC
         inside = inside_rows & (k < columns)
         x = load_values(w_ptr, first + k, inside) * load_mask(mask_ptr, first + k, inside)
         squares += x * x
-        products += x * load_values(grad_ptr, first + k, inside)
+        products += x * load_gradient(item, r, k, first, inside, GIVEN, TERMS, WIDE)
     norm, product = tl.sqrt(tl.sum(squares.to(tl.float64), 1)), tl.sum(products.to(tl.float64), 1)
     scale = load_norm(item, r, NORM) / (norm + eps)
     at = r * tl.load(item + DLOG_STRIDE)
@@ -109,30 +133,29 @@ def write_gradients(item, r, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOC
         inside = inside_rows & (k < columns)
         mask = load_mask(mask_ptr, first + k, inside)
         unit = tl.div_rn(load_values(w_ptr, first + k, inside) * mask, tl.broadcast_to(divisor, mask.shape))
-        dx = scale * ((load_values(grad_ptr, first + k, inside) - unit * along) + unit * kept)
+        gradient = load_gradient(item, r, k, first, inside, GIVEN, TERMS, WIDE)
+        dx = scale * ((gradient - unit * along) + unit * kept)
         tl.store(out_ptr + (first + k), (dx * mask).to(STORED), mask=inside)
 
 
 @triton.jit
-def weight_norm_fwd_kernel(
-    jobs_table, items_table, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def weight_norm_fwd_kernel(jobs_table, items_table, eps, STORED: tl.constexpr, NORM: tl.constexpr, RESULT: tl.constexpr,
+                           BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     item, r = find_rows(jobs_table, items_table, BLOCK_R)
     if tl.load(item + ALIGNED) != 0:
-        write_weights(item, r, eps, STORED, NORM, BLOCK_K, True)
+        write_weights(item, r, eps, STORED, NORM, RESULT, BLOCK_K, True)
     else:
-        write_weights(item, r, eps, STORED, NORM, BLOCK_K, False)
+        write_weights(item, r, eps, STORED, NORM, RESULT, BLOCK_K, False)
 
 
 @triton.jit
-def weight_norm_bwd_kernel(
-    jobs_table, items_table, eps, STORED: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def weight_norm_bwd_kernel(jobs_table, items_table, eps, STORED: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr,
+                           TERMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     item, r = find_rows(jobs_table, items_table, BLOCK_R)
     if tl.load(item + ALIGNED) != 0:
-        write_gradients(item, r, eps, STORED, NORM, BLOCK_K, True)
+        write_gradients(item, r, eps, STORED, NORM, GIVEN, TERMS, BLOCK_K, True)
     else:
-        write_gradients(item, r, eps, STORED, NORM, BLOCK_K, False)
+        write_gradients(item, r, eps, STORED, NORM, GIVEN, TERMS, BLOCK_K, False)
 
 
 class Item(NamedTuple):
@@ -140,17 +163,28 @@ class Item(NamedTuple):
 
     weight: Tensor
     mask: Tensor | None
-    log_norm: Tensor
+    log_norm: Tensor | None
     grad: Tensor | None
     out: Tensor
     dlog_norm: Tensor | None
     result: Tensor
+    term: Sequence[Tensor | None] = (None, None, None)  # factor, u, v
 
     def row(self, first_job: int) -> tuple[int, ...]:
-        tensors = self.weight, self.mask, self.grad, self.out, self.log_norm, self.dlog_norm
-        strides = (0 if t is None else t.stride(0) for t in tensors[4:])
+        tensors = self.weight, self.mask, self.grad, self.out, self.log_norm, self.dlog_norm, *self.term
+        strides = (0 if t is None else t.stride(0) for t in tensors[4:6])
         addresses = (0 if t is None else t.data_ptr() for t in tensors)
-        return *addresses, *self.sizes, first_job, *strides, _lists.aligned(self.sizes[1], *tensors[:4])
+        return *addresses, *self.sizes, first_job, *strides, self.aligned, *columns(self.weight)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether accesses may be wide."""
+        return _lists.aligned(self.sizes[1], self.weight, self.mask, self.grad, self.out)
+
+    @property
+    def given(self) -> Tensor:
+        """A tensor of the type of the gradient that came."""
+        return self.out if self.grad is None else self.grad
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -162,11 +196,17 @@ class Item(NamedTuple):
         return triton.cdiv(self.sizes[0], BLOCK_R)
 
 
+def columns(rows: Tensor) -> tuple[int, int]:
+    """Period and step of the columns of dense rows."""
+    count = rows.numel() // max(rows.shape[0], 1)
+    return (max(count, 1), 1) if rows.is_contiguous() else (rows.shape[1], count // rows.shape[1])
+
+
 def weight_norm_fwd(
     weights: Sequence[Tensor], log_norms: Sequence[Tensor], masks: Sequence[Tensor | None], eps: float
 ) -> list[Tensor]:
     items = [_item(i, *tensors, None) for i, tensors in enumerate(zip(weights, masks, log_norms, strict=True))]
-    _launch(weight_norm_fwd_kernel, items, eps)
+    launch_forward(items, eps)
     return [item.result for item in items]
 
 
@@ -179,7 +219,7 @@ def weight_norm_bwd(
 ) -> list[Tensor]:
     given = enumerate(zip(weights, masks, log_norms, grads, strict=True))
     items = [_item(i, *tensors) for i, tensors in given if tensors[-1] is not None]
-    _launch(weight_norm_bwd_kernel, items, eps)
+    launch_backward(items, eps)
     return [item.result for item in items] + [item.dlog_norm for item in items]
 
 
@@ -199,16 +239,31 @@ def _item(i: int, weight: Tensor, mask: Tensor | None, log_norm: Tensor, grad: T
     return Item(rows, mask, log_norm, grad, out, None if grad is None else torch.empty_like(log_norm), result)
 
 
-def _launch(kernel, items: Sequence[Item], eps: float) -> None:
-    """The kernel on items of one pair of types at a time; a model has one."""
-    for group in _lists.grouped(items, lambda item: (item.weight.dtype, item.log_norm.dtype)):
-        counts = tuple(item.jobs for item in group)
-        if not any(counts):
-            continue
-        rows = [item.row(first) for item, first in zip(group, _lists.starts(counts), strict=True)]
-        tables = (_lists.upload(values, group[0].weight.device) for values in (_lists.jobs(counts), _lists.numbers(rows)))
-        stored, norm = TYPES[group[0].weight.dtype], TYPES[group[0].log_norm.dtype]
-        kernel[(sum(counts),)](*tables, eps, STORED=stored, NORM=norm, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+def launch_forward(items: Sequence[Item], eps: float) -> None:
+    """One launch for all items of the same types; a model has one or two."""
+    for group in _lists.grouped(items, lambda item: (item.weight.dtype, item.log_norm.dtype, item.out.dtype)):
+        types = dict(zip(("STORED", "NORM", "RESULT"), _types(group[0].weight, group[0].log_norm, group[0].out), strict=True))
+        launch(weight_norm_fwd_kernel, group, eps, **types, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+
+
+def launch_backward(items: Sequence[Item], eps: float) -> None:
+    for group in _lists.grouped(items, lambda item: (item.weight.dtype, item.log_norm.dtype, item.given.dtype)):
+        types = dict(zip(("STORED", "NORM", "GIVEN"), _types(group[0].weight, group[0].log_norm, group[0].given), strict=True))
+        terms = any(item.term[2] is not None for item in group)
+        launch(weight_norm_bwd_kernel, group, eps, **types, TERMS=terms, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+
+
+def _types(*tensors: Tensor) -> list[tl.dtype]:
+    return [TYPES[t.dtype] for t in tensors]
+
+
+def launch(kernel, items: Sequence[Item], *numbers: float, **constants) -> None:
+    """The kernel on items of one combination of types."""
+    counts = tuple(item.jobs for item in items)
+    if any(counts):
+        rows = [item.row(first) for item, first in zip(items, _lists.starts(counts), strict=True)]
+        tables = (_lists.upload(values, items[0].weight.device) for values in (_lists.jobs(counts), _lists.numbers(rows)))
+        kernel[(sum(counts),)](*tables, *numbers, **constants)
     for item in items:
         if item.out is not item.result:
             item.result.copy_(item.out)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.kernels.flow_cell.reference import autoregressive_mask
-from nvae_fast.kernels.power_iteration.joint import Joint
-
-NORM_EPS = 1e-5
+from nvae_fast.layers.shared import NORM_EPS, effective
 
 
 class WeightNormConv2d(nn.Conv2d):
@@ -30,9 +26,7 @@ class WeightNormConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.log_weight_norm = nn.Parameter(self._initial_log_norm())
         self.data_init_pending = data_init
-        # Set by shared_effective_weights for the duration of a pass: the filters, and what joins their gradients.
-        self.effective: Tensor | None = None
-        self.joint: tuple[Joint, int] | None = None
+        self.effective: Tensor | None = None  # set by shared_effective_weights for the duration of a pass
 
     @torch.no_grad()
     def _initial_log_norm(self) -> Tensor:
@@ -46,8 +40,10 @@ class WeightNormConv2d(nn.Conv2d):
 
     def effective_weight(self) -> Tensor:
         """The normalised (and masked) filters that forward convolves with."""
-        if self.effective is not None:
-            return self.effective
+        return self.normalised() if self.effective is None else self.effective
+
+    def normalised(self) -> Tensor:
+        """The same in the type of the weight, computed anew."""
         return F.weight_norm([self.weight], [self.log_weight_norm], [self.mask], eps=NORM_EPS)[0]
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,7 +70,7 @@ class WeightNormConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.data_init_pending:
             self._init_from_data(x)
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+        return self._conv_forward(x, self.effective_weight(), effective(self, "bias"))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -88,6 +84,8 @@ class MaskedConv2d(WeightNormConv2d):
     `strict`. The mask enters before the norm and is not part of the state_dict. `log_norm_shift` is added to the initial l.
     """
 
+    full_precision = True  # flows compute in that of their weights, whatever autocast says
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, groups: int = 1, bias: bool = False,
                  strict: bool = False, mirror: bool = False, log_norm_shift: float = 0.0) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2, groups=groups, bias=bias)
@@ -100,30 +98,6 @@ class MaskedConv2d(WeightNormConv2d):
     @property
     def mask(self) -> Tensor:
         return self._mask
-
-
-@contextmanager
-def shared_effective_weights(convs: Iterable[nn.Conv2d]) -> Iterator[None]:
-    """Normalise the weights of all `convs` in one call and let their forwards (and the regulariser) share them inside.
-
-    Plain convolutions are passed over, as are those that are still to be initialised from data. Nested uses share the outer.
-    """
-    todo = [c for c in convs if isinstance(c, WeightNormConv2d) and c.effective is None and not c.data_init_pending]
-    if todo:
-        weights = F.weight_norm(
-            [c.weight for c in todo], [c.log_weight_norm for c in todo], [c.mask for c in todo], eps=NORM_EPS
-        )
-        joint = None
-        if torch.is_grad_enabled() and any(w.requires_grad for w in weights) and not torch.compiler.is_compiling():
-            joint = Joint()  # of the spectral regulariser
-            weights = joint.attach(weights)
-        for i, (conv, weight) in enumerate(zip(todo, weights, strict=True)):
-            conv.effective, conv.joint = weight, joint and (joint, i)
-    try:
-        yield
-    finally:
-        for conv in todo:
-            conv.effective = conv.joint = None
 
 
 def same_padding(kernel_size: int, dilation: int = 1) -> int:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from nvae_fast import functional as F
 from nvae_fast.layers.conv import same_padding
 from nvae_fast.layers.norm import BatchNormAct2d
+from nvae_fast.layers.shared import effective
 
 
 class _ConvBNAct(nn.Sequential):
     """(convolution, BatchNormAct2d)"""
 
     def _run(self, conv: Callable[..., Any], x: Tensor, **options: int) -> Tensor:
-        weight, bn = self[0].weight, self[1]
+        weight, bn = effective(self[0]), self[1]
         if not bn.norm.uses_batch:
             return bn(conv(x, weight, **options))
         y, stats = conv(x, weight, return_stats=True, **options)

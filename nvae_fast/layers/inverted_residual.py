@@ -10,6 +10,7 @@ from nvae_fast.errors import InputError
 from nvae_fast.kernels.inverted_residual import MEMORY
 from nvae_fast.layers.conv import same_padding
 from nvae_fast.layers.norm import BatchNormAct2d
+from nvae_fast.layers.shared import effective
 
 
 class InvertedResidual(nn.Module):
@@ -57,12 +58,14 @@ class InvertedResidual(nn.Module):
             return (y, None) if defer else y
         norms = [bn.norm for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
         return F.inverted_residual(
-            x, self.expand.weight, self.depthwise.weight, self.project.weight, norms, stride=self.depthwise.stride[0],
+            x, *map(effective, (self.expand, self.depthwise, self.project)), norms, stride=self.depthwise.stride[0],
             upsample=2 if self.upsample else 1, memory=self.memory, defer=defer,
         )  # fmt: skip
 
     def _grouped(self, x: Tensor) -> Tensor:
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
-        x = self.bn_expand(self.expand(self.bn_in(x)))
-        return self.bn_out(self.project(self.bn_depthwise(self.depthwise(x))))
+        x = self.bn_in(x)
+        for conv, bn in ((self.expand, self.bn_expand), (self.depthwise, self.bn_depthwise), (self.project, self.bn_out)):
+            x = bn(conv._conv_forward(x, effective(conv), None))
+        return x

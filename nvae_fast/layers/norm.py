@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nvae_fast import functional as F
 from nvae_fast.kernels._constant import constant
 from nvae_fast.kernels._norm import ACTIVATIONS
+from nvae_fast.layers.shared import effective
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -39,7 +40,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if self.sync and self.training and dist.is_available() and dist.is_initialized():
             group = self.process_group or dist.group.WORLD
         return F.Norm(
-            self.weight, self.bias, mean, var,
+            effective(self), self.bias, mean, var,
             self.num_batches_tracked if self.training and tracked else None,
             self.training or mean is None, self.momentum, self.eps, group,
         )  # fmt: skip
@@ -79,9 +80,25 @@ def bn_regularizer(bns: list[nn.BatchNorm2d]) -> Tensor:
     """Sum over BN layers of max_c |gamma_c|; 0 without layers."""
     if not bns:
         return torch.zeros(())
-    weights = torch.cat([bn.weight for bn in bns]).abs()
+    joints = [getattr(bn, "joint", None) for bn in bns]
+    shared = joints[0] and joints[0][0]
+    zero = shared.claim("norm") if shared and all(j and j[0] is shared for j in joints) else None
+    if zero is None:
+        return _largest(torch.cat([bn.weight for bn in bns]), bns)
+    # Its gradient joins that of the normalisations on the way to the parameters.
+    with torch.enable_grad():
+        weights = torch.cat([bn.weight.detach() for bn in bns]).requires_grad_()
+        total = _largest(weights, bns)
+    (slopes,) = torch.autograd.grad(total, weights)
+    for (_, number), slope in zip(joints, slopes.split([bn.num_features for bn in bns]), strict=True):
+        shared.terms[number] = "norm", None, slope
+    return total.detach() + zero
+
+
+def _largest(weights: Tensor, bns: list[nn.BatchNorm2d]) -> Tensor:
+    """The sum of the largest |gamma| of each layer, of all gamma end to end."""
     sizes = tuple(bn.num_features for bn in bns)
     count = weights.numel()
     layer = constant(sizes, weights, lambda: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=count))
     # as max does, its gradient is shared evenly among the largest
-    return weights.new_zeros(len(bns)).scatter_reduce(0, layer, weights, "amax", include_self=False).sum()
+    return weights.new_zeros(len(bns)).scatter_reduce(0, layer, weights.abs(), "amax", include_self=False).sum()

@@ -83,7 +83,7 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),
-    "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
+    "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32, RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
 }
 OTHERS = {  # than CONSTANTS say
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],

@@ -34,6 +34,7 @@ OPS = {
     "se_residual": ["se_residual_fwd", "se_residual_bwd"],
     "residual_normal": ["residual_normal_fwd", "residual_normal_bwd"],
     "logistic_mixture_log_prob": ["logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd"],
+    "shared_weights": ["shared_weights_fwd", "shared_weights_bwd"],
     "weight_norm": ["weight_norm_fwd", "weight_norm_bwd"],
 }
 

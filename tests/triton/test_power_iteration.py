@@ -6,9 +6,8 @@ import pytest
 import torch
 from power_iterations import LAYOUTS, SHAPES, make, run
 
-from nvae_fast.kernels import _lists, use_impl
+from nvae_fast.kernels import _lists
 from nvae_fast.kernels.power_iteration import power_iteration
-from nvae_fast.kernels.power_iteration.joint import Joint
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 LARGER = [
@@ -107,17 +106,3 @@ def test_wrong_arguments():
         with pytest.raises(RuntimeError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
-
-
-def test_gradients_joined_to_others():
-    """As torch's own operations join them; one weight is used by nothing else."""
-    weights, u, v = make(torch.float32, SHAPES)
-    found = []
-    for impl in ("triton", "reference"):
-        leaves, joint = [w.detach().clone().requires_grad_() for w in weights], Joint()
-        with use_impl(impl):
-            used = joint.attach(leaves)
-        joint.vectors.update(enumerate(zip(u, v, strict=True)))
-        loss = sum(w.square().sum() for w in used[1:]) + 0.3 * joint.token
-        found.append(torch.autograd.grad(loss, leaves))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

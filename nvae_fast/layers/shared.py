@@ -1,0 +1,78 @@
+"""What the modules of a pass compute with instead of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nvae_fast.kernels.shared_weights import SharedWeights
+
+NORM_EPS = 1e-5
+PLACES = {"weight": "effective", "bias": "effective_bias"}  # attributes for the duration of a pass, by parameter
+
+
+def effective(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """What `module` computes with instead of that parameter: what the pass around it shares, or the parameter itself."""
+    shared = getattr(module, PLACES[name], None)
+    return getattr(module, name) if shared is None else shared
+
+
+@contextmanager
+def shared_effective_weights(convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d] = ()) -> Iterator[None]:
+    """Inside, all `convs` share one computation of their weights, normalised where they are, in the type that autocast has now;
+    gradients of the regularisers of their weights and of the `norms` join the others on their way to the parameters.
+
+    Convolutions that are still to be initialised from data are passed over. Nested uses share the outer. Autocast must not
+    change inside.
+    """
+    joins = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    found = [i for m in convs if not getattr(m, "data_init_pending", False) for i in _of_convolution(m, joins)]
+    if joins:
+        found += [_Item(n, "weight", n.weight.dtype) for n in norms if n.weight is not None]
+    found = [i for i in found if getattr(i.module, PLACES["weight"], None) is None]
+    if found:
+        normalised = [i.name == "weight" and hasattr(i.module, "log_weight_norm") for i in found]
+        shared = SharedWeights(
+            [getattr(i.module, i.name) for i in found],
+            [i.module.log_weight_norm if n else None for i, n in zip(found, normalised, strict=True)],
+            [i.module.mask if n else None for i, n in zip(found, normalised, strict=True)],
+            [i.dtype for i in found],
+            eps=NORM_EPS,
+        )
+        for number, (item, value) in enumerate(zip(found, shared.values, strict=True)):
+            setattr(item.module, PLACES[item.name], value)
+            if joins and item.name == "weight":
+                item.module.joint = shared, number
+    try:
+        yield
+    finally:
+        for item in found:
+            setattr(item.module, PLACES[item.name], None)
+            item.module.joint = None
+
+
+class _Item(NamedTuple):
+    module: nn.Module
+    name: str
+    dtype: torch.dtype
+
+
+def _of_convolution(conv: nn.Conv2d, joins: bool) -> Iterator[_Item]:
+    """The parameters that a pass is better off not to take as they are."""
+    own, dtype = conv.weight.dtype, _compute_dtype(conv)
+    if dtype != own or joins or hasattr(conv, "log_weight_norm"):
+        yield _Item(conv, "weight", dtype)
+    if dtype != own and conv.bias is not None:
+        yield _Item(conv, "bias", dtype)
+
+
+def _compute_dtype(conv: nn.Conv2d) -> torch.dtype:
+    """The type that autocast would give its weight."""
+    own, kind = conv.weight.dtype, conv.weight.device.type
+    if getattr(conv, "full_precision", False) or own == torch.float64 or torch.compiler.is_compiling() or kind == "meta":
+        return own
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
