@@ -9,35 +9,42 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nvae_fast.benchmarks.plain import plain
 from nvae_fast.benchmarks.report import Row
-from nvae_fast.benchmarks.steps import FORMATS, Step, check_all, contenders
+from nvae_fast.benchmarks.steps import FORMATS, Step, check_all, contenders, dtype_name, layout_name
 from nvae_fast.benchmarks.timing import peak_bytes
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import InputError
 from nvae_fast.estimate import Tracer, available_memory
 from nvae_fast.kernels.inverted_residual import MEMORY
 
+if TYPE_CHECKING:
+    from nvae_fast.benchmarks.nvlabs import Checkout
+
 EAGER = {name: layout for name, layout in FORMATS.items() if name.startswith("eager")}
 SHARE = 0.7  # of the memory there is, that a run may need
 
-Found = dict[str, tuple[int, dict[str, Any] | None]]  # peak and check by contender
+Found = dict[str, tuple[int, dict[str, Any] | None, str]]  # peak, check and type by contender
 
 
-def measure_memory(config: NVAEConfig, *, device: torch.device, budget: int | None = None) -> list[Row]:
+def measure_memory(config: NVAEConfig, *, device: torch.device, budget: int | None = None, checkout: Checkout | None = None,
+                   say: Callable[[str], None] = print) -> list[Row]:  # fmt: skip
     """Rows of one configuration: each contender at its batch and at twice that, ours first. `budget` in bytes (None: what the
-    device, or the machine, has)."""
+    device, or the machine, has). The published code of a `checkout` competes where it can run: it cannot be traced."""
     available = available_memory(device)
     batch = config.training.batch_size
     worst = Tracer(config, rival=plain, layout=torch.contiguous_format).footprint("balanced", batch)
     traced = worst.at(2 * batch) * 2 > SHARE * available  # twice: the truth in float64 stands beside
     batches = (batch, 2 * batch)
-    found = by_tracing(config, batches) if traced else [measured(config, n, device) for n in batches]
+    if traced and checkout:
+        say("  no row for nvlabs: its step would not fit here, and cannot be traced")
+    found = by_tracing(config, batches) if traced else [measured(config, n, device, checkout, say) for n in batches]
+    found = [{name: f[name] for name in found[0] if all(name in g for g in found)} for f in found]
     budget = available if budget is None else budget
     rows = []
     for name in found[0]:
@@ -47,9 +54,10 @@ def measure_memory(config: NVAEConfig, *, device: torch.device, budget: int | No
         for n, f in zip(batches, found, strict=True):
             rows.append(
                 {
-                    "suite": "memory", "case": f"memory/{config.name}", "op": "train_step", "dtype": "float32",
+                    "suite": "memory", "case": f"memory/{config.name}", "op": "train_step",
+                    "dtype": f[name][2],
                     "shape": [n, config.channels, *config.image_size],
-                    "layout": "contiguous" if name == "eager" else "channels_last", "impl": name, "phase": "step",
+                    "layout": layout_name(name), "impl": name, "phase": "step",
                     "median_ms": None, "min_ms": None, "iqr_ms": None, "rounds": None, "images_per_s": None,
                     "peak_bytes": f[name][0], "bytes": None, "copy_share": None, "launches": None, "check": f[name][1],
                     "per_image_bytes": round(per_image), "largest_batch": largest, "budget_bytes": budget, "traced": traced,
@@ -58,7 +66,8 @@ def measure_memory(config: NVAEConfig, *, device: torch.device, budget: int | No
     return rows
 
 
-def measured(config: NVAEConfig, batch: int, device: torch.device) -> Found:
+def measured(config: NVAEConfig, batch: int, device: torch.device, checkout: Checkout | None,
+             say: Callable[[str], None]) -> Found:  # fmt: skip
     """By running the step."""
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=batch))
     given = contenders(config, device)
@@ -70,8 +79,9 @@ def measured(config: NVAEConfig, batch: int, device: torch.device) -> Found:
         )
         own.model.set_memory(mode)
     steps |= {name: given[name] for name in EAGER}
-    truth = exact.numbers()
-    checks = check_all({name: step.numbers() for name, step in steps.items()}, truth)
+    if checkout and (rival := checkout.step(ours, ours.dtype, say)):
+        steps["nvlabs"] = rival
+    checks = check_all(steps, exact)
     del given, ours, exact
     found: Found = {}
     for name in list(steps):
@@ -80,7 +90,7 @@ def measured(config: NVAEConfig, batch: int, device: torch.device) -> Found:
         step.optimizer.zero_grad(set_to_none=True)
         weights = [*step.model.parameters(), *step.model.buffers()]
         state = sum(t.nbytes for t in weights) + 2 * sum(p.nbytes for p in step.model.parameters())
-        found[name] = state + peak_bytes(step, device), checks[name]
+        found[name] = state + peak_bytes(step, device), checks[name], dtype_name(step.dtype)
     return found
 
 
@@ -90,7 +100,7 @@ def by_tracing(config: NVAEConfig, batches: tuple[int, int]) -> list[Found]:
     feet = {f"ours:{mode}": ours.footprint(mode, batches[0]) for mode in MEMORY}
     for name, layout in EAGER.items():
         feet[name] = Tracer(config, rival=plain, layout=layout).footprint("balanced", batches[0])
-    return [{name: (f.at(n), None) for name, f in feet.items()} for n in batches]
+    return [{name: (f.at(n), None, "float32") for name, f in feet.items()} for n in batches]
 
 
 def table(rows: list[Row]) -> Iterator[str]:

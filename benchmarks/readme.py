@@ -33,7 +33,7 @@ LABELS = {
     "adamax": "Adamax, {count} tensors",
 }
 RIVALS = {"eager_channels_last": "channels-last eager", "eager": "NCHW eager", "compile": "torch.compile"}
-OTHERS = {"eager_loop": "loop over matrices", "adam_fused": "torch's fused Adam"}
+OTHERS = {"eager_loop": "loop over matrices", "adam_fused": "torch's fused Adam", "nvlabs": "NVlabs/NVAE"}
 
 
 def block(documents: Sequence[Document]) -> str:
@@ -96,7 +96,7 @@ def memory(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 def label(row: dict[str, Any]) -> str:
     words = LABELS.get(row["op"], f"`{row['op']}` {{shape}}")
-    case = row["case"].removeprefix("sample/")
+    case = row["case"].removeprefix("sample/").removesuffix(f"/{row['dtype']}")
     text = words.format(case=case, batch=row["shape"][0], count=row["shape"][0], shape=row["shape"])
     return text if row["dtype"] == "float32" else f"{text}, {row['dtype']}"
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvae_fast.benchmarks.plain import plain
 from nvae_fast.benchmarks.report import Row
-from nvae_fast.benchmarks.steps import FORMATS, SECONDS
+from nvae_fast.benchmarks.steps import FORMATS, SECONDS, dtype_name, layout_name, lowered
 from nvae_fast.benchmarks.suite import check
 from nvae_fast.benchmarks.timing import graphed, interleaved, launches, peak_bytes
 from nvae_fast.config import NVAEConfig
 from nvae_fast.kernels._impl import use_impl
 from nvae_fast.model import NVAE
 from nvae_fast.sampling import passes
+
+if TYPE_CHECKING:
+    from nvae_fast.benchmarks.nvlabs import Checkout
 
 BATCH, TEMPERATURE = 16, 0.7
 WARM = 3  # batches in training mode before, so that running statistics are not those of a new model
@@ -27,12 +30,13 @@ WARM = 3  # batches in training mode before, so that running statistics are not 
 class Draw:
     """One contender: a call draws `batch` images' logits from noise that is given."""
 
-    def __init__(self, model: NVAE, noise: list[Tensor], impl: str, sample: Callable[..., Tensor] | None = None) -> None:
-        self.model, self.noise, self.impl = model.eval(), noise, impl
+    def __init__(self, model: nn.Module, noise: list[Tensor], impl: str, sample: Callable[..., Tensor] | None = None,
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        self.model, self.noise, self.impl, self.dtype = model.eval(), noise, impl, dtype
         self.sample = model.sample if sample is None else sample
 
     def __call__(self) -> Tensor:
-        with torch.no_grad(), use_impl(self.impl):
+        with torch.no_grad(), use_impl(self.impl), lowered(self.noise[0].device, self.dtype):
             if self.impl == "auto":
                 with passes(self.model):
                     return self.sample(len(self.noise[0]), TEMPERATURE, self.noise)
@@ -70,29 +74,42 @@ def compiled(eager: Draw, say: Callable[[str], None]) -> Draw | None:
     return draw
 
 
-def measure_sampling(config: NVAEConfig, *, rounds: int, device: torch.device, batch: int = BATCH, compile_too: bool = True,
-                     say: Callable[[str], None] = print) -> list[Row]:  # fmt: skip
-    """The rows of one configuration's sampling, ours first. On a GPU a call is a replay of its CUDA graph, where it has one."""
+def check_all(draws: dict[str, Draw], exact: Draw) -> dict[str, dict[str, Any]]:
+    """`check` of every contender against float64, the yardstick being the eager ones in the contender's type."""
+    truth = [exact()]
+    found: dict[str, list[Tensor]] = {name: [draw()] for name, draw in draws.items()}
+    eager = [name for name in draws if name.startswith("eager")]
+    plains = {torch.float32: [found[name] for name in eager]}
+    for draw in draws.values():
+        if draw.dtype not in plains:
+            plains[draw.dtype] = [[Draw(draws[name].model, draw.noise, "reference", dtype=draw.dtype)()] for name in eager]
+    return {name: check(found[name], plains[draw.dtype], truth) for name, draw in draws.items()}
+
+
+def measure_sampling(
+    config: NVAEConfig, *, rounds: int, device: torch.device, batch: int = BATCH, compile_too: bool = True,
+    checkout: Checkout | None = None, say: Callable[[str], None] = print,
+) -> list[Row]:  # fmt: skip
+    """The rows of one configuration's sampling, ours first. On a GPU a call is a replay of its CUDA graph, where it has one;
+    that of the published code of a `checkout` is the code as shipped."""
     draws = contenders(config, batch, device)
-    rival = compiled(draws["eager_channels_last"], say) if compile_too else None
-    if rival is not None:
-        draws["compile"] = rival
-    truth = [draws.pop("exact")()]
-    numbers = {name: [draw()] for name, draw in draws.items()}
-    plains = [found for name, found in numbers.items() if name.startswith("eager")]
-    checks = {name: check(found, plains, truth) for name, found in numbers.items()}
+    exact = draws.pop("exact")
+    rivals = {"compile": compiled(draws["eager_channels_last"], say) if compile_too else None,
+              "nvlabs": checkout.draw(draws["ours:auto"], say) if checkout else None}  # fmt: skip
+    draws |= {name: draw for name, draw in rivals.items() if draw is not None}
+    checks = check_all(draws, exact)
     on_cpu = device.type == "cpu"
     peaks = {name: None if on_cpu and name == "compile" else peak_bytes(draw, device) for name, draw in draws.items()}
     counts = {} if on_cpu else {name: launches(draw) for name, draw in draws.items()}
-    calls: dict[str, Any] = dict(draws) if on_cpu else {name: graphed(draw) for name, draw in draws.items()}
+    calls = {name: draw if on_cpu or name == "nvlabs" else graphed(draw) for name, draw in draws.items()}
     times = interleaved(calls, rounds=rounds, budget_s=SECONDS)
     shape = [batch, config.channels, *config.image_size]
     return [
         {
-            "suite": "sampling", "case": f"sample/{config.name}/{batch}", "op": "sample", "shape": shape, "dtype": "float32",
-            "layout": "contiguous" if name == "eager" else "channels_last", "impl": name, "phase": "sample",
+            "suite": "sampling", "case": f"sample/{config.name}/{batch}", "op": "sample", "shape": shape,
+            "dtype": dtype_name(draw.dtype), "layout": layout_name(name), "impl": name, "phase": "sample",
             **times[name]._asdict(), "images_per_s": batch / times[name].median_ms * 1e3, "peak_bytes": peaks[name],
             "bytes": None, "copy_share": None, "launches": counts.get(name), "check": checks[name],
         }
-        for name in draws
+        for name, draw in draws.items()
     ]  # fmt: skip

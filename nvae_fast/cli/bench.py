@@ -20,10 +20,12 @@ from nvae_fast.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
+    from nvae_fast.benchmarks.nvlabs import Checkout
     from nvae_fast.config import NVAEConfig
 
 NAME = "bench"
 WHOLE = ("step", "sampling", "memory", "optimizer", "check")  # suites that are no list of cases
+NVLABS_SUITES = ("step", "sampling", "memory")
 FEWEST_ROUNDS = 3  # for quartiles
 
 
@@ -37,6 +39,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="demo", help="of the suites step, sampling and memory [demo]")
     parser.add_argument("--layers", type=int, help="at most so many groups of a scale and cells of a kind: a shorter model")
     parser.add_argument("--batch_size", type=int, help="images of a step [the preset's] or of a sampling [16]")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16, of a training step [fp32]")
+    parser.add_argument(
+        "--nvlabs", metavar="PATH", help="your checkout of NVlabs/NVAE, as a rival in the suites step, sampling and memory"
+    )
     parser.add_argument("--budget", help="memory that the largest batch has to fit into, as 24GB [what there is]")
     parser.add_argument("--case", help="only cases whose names contain this, as depthwise or 16x384")
     parser.add_argument("--rounds", type=int, default=20, help="times that each implementation runs, in turn [20]")
@@ -58,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     device = device_of(args)
     cases = select(args.suite, args.case, gpu=device.type == "cuda") if args.suite not in WHOLE else []
     config = configuration(args)
+    checkout = published(args, config)
     if args.rounds < FEWEST_ROUNDS:
         raise InputError(f"--rounds={args.rounds} must be at least {FEWEST_ROUNDS}")
     if args.threads is not None:
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     about = report.facts(device)
     print(f"{about['device']} ({about['cpu']}), {about['threads']} threads, torch {about['torch']}, copy {rate / 1e9:.1f} GB/s")
     print(report.LEGEND)
-    rows = [] if cases else whole(args, config, device, rate)
+    rows = [] if cases else whole(args, config, device, rate, checkout)
     for case in cases:
         new = measure(case, rounds=args.rounds, device=device, copy_rate=rate, compiled=args.compile)
         print(*report.table(new), sep="\n", flush=True)
@@ -92,29 +99,50 @@ def configuration(args: argparse.Namespace) -> NVAEConfig:
         raise InputError(f"--batch-size={args.batch_size} must be at least 1")
     if args.budget is not None:
         size(args.budget)
+    if args.precision not in ("fp32", "bf16"):
+        raise InputError(f"--precision '{args.precision}': expected fp32 or bf16")
+    if args.precision != "fp32" and args.suite != "step":
+        raise InputError(f"--precision {args.precision} is of the suite step: suite '{args.suite}' has its own types")
     return shrunk(PRESETS[args.preset], args.layers, None if args.suite == "sampling" else args.batch_size)
 
 
-def whole(args: argparse.Namespace, config: NVAEConfig, device: torch.device, copy_rate: float) -> list[dict]:
+def published(args: argparse.Namespace, config: NVAEConfig) -> Checkout | None:
+    """The checkout that --nvlabs names; InputError where it is none, or has no model of `config`."""
+    if args.nvlabs is None:
+        return None
+    if args.suite not in NVLABS_SUITES:
+        raise InputError(f"--nvlabs competes in the suites {', '.join(NVLABS_SUITES)}, not in '{args.suite}': leave it out")
+    from nvae_fast.benchmarks.nvlabs import Checkout, arguments
+
+    arguments(config)
+    return Checkout(args.nvlabs)
+
+
+def whole(
+    args: argparse.Namespace, config: NVAEConfig, device: torch.device, copy_rate: float, checkout: Checkout | None
+) -> list[dict]:
     """The rows of a suite that has no table of cases, printed too."""
     from nvae_fast.benchmarks import memory, report
 
     table, both = report.table, {"rounds": args.rounds, "device": device}
     if args.suite == "step":
         from nvae_fast.benchmarks.steps import measure_step
+        from nvae_fast.training.step import PRECISIONS
 
-        rows = measure_step(config, compile_too=args.compile, **both)
+        dtype = PRECISIONS[args.precision]
+        rows = measure_step(config, compile_too=args.compile, dtype=dtype, checkout=checkout, **both)
     elif args.suite == "sampling":
         from nvae_fast.benchmarks.sampling import BATCH, measure_sampling
 
-        rows = measure_sampling(config, batch=args.batch_size or BATCH, compile_too=args.compile, **both)
+        rows = measure_sampling(config, batch=args.batch_size or BATCH, compile_too=args.compile, checkout=checkout, **both)
     elif args.suite == "optimizer":
         from nvae_fast.benchmarks.optimizer import measure_optimizer
 
         rows = measure_optimizer(copy_rate=copy_rate, **both)
     else:
         table = memory.table
-        rows = memory.measure_memory(config, device=device, budget=None if args.budget is None else size(args.budget))
+        budget = None if args.budget is None else size(args.budget)
+        rows = memory.measure_memory(config, device=device, budget=budget, checkout=checkout)
     print(*table(rows), sep="\n", flush=True)
     return rows
 
