@@ -14,13 +14,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvae_fast.cells import ARCHITECTURES
-from nvae_fast.data import DATASETS, check_size
+from nvae_fast.data import DATASETS, MAX_SIDE, check_size
 from nvae_fast.errors import InputError, unknown
 
 LIKELIHOODS = ("auto", "bernoulli", "normal", "dmol")
 KL_BALANCES = ("equal", "linear", "sqrt", "square")
 COMPATS = ("nvlabs", "fixed")
 
+
+KINDS = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a word"),
+}
+MANY, DEEP, WIDE = 10**9, 1000, 2**16  # more is a slip of the finger
+HALVINGS = MAX_SIDE.bit_length() - 1  # of the largest image, down to one pixel
+LIMITS = {  # of TrainConfig and NVAEConfig: least, most
+    **dict.fromkeys(("batch_size", "accumulate"), (1, MANY)), "epochs": (1, MANY), "warmup_epochs": (0, MANY),
+    **dict.fromkeys(("kl_anneal_portion", "kl_const_portion", "kl_const_coeff"), (0, 1)),
+    **dict.fromkeys(("max_grad_norm", "learning_rate_min", "weight_decay", "weight_decay_norm"), (0, math.inf)),
+    "num_x_bits": (1, 8), "channels": (1, DEEP), "padding": (0, MAX_SIDE // 2),
+    **dict.fromkeys(("num_groups_per_scale", "min_groups_per_scale", "num_mixture_dec"), (1, DEEP)),
+    **dict.fromkeys(("num_preprocess_cells", "num_postprocess_cells"), (1, DEEP)),
+    **dict.fromkeys(("num_cell_per_cond_enc", "num_cell_per_cond_dec", "num_nf"), (0, DEEP)),
+    **dict.fromkeys(("num_latent_per_group", "num_channels_enc", "num_channels_dec"), (1, WIDE)),
+    "num_latent_scales": (1, 1 + HALVINGS), "num_preprocess_blocks": (0, HALVINGS), "num_postprocess_blocks": (0, HALVINGS),
+}  # fmt: skip
 
 NVLABS_DATASETS = {
     name: 1 if name in ("mnist", "omniglot") else 3
@@ -65,22 +85,14 @@ class TrainConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "at least 0")
+        _check_fields(self)
         if self.epochs <= self.warmup_epochs + 1:
             raise InputError(
                 f"epochs={self.epochs} leaves no cosine decay after warmup_epochs={self.warmup_epochs}: "
                 f"use --epochs {self.warmup_epochs + 2} or more, or a shorter --warmup_epochs"
             )
-        for f in dataclasses.fields(self):
-            if isinstance(value := getattr(self, f.name), float):
-                _require(math.isfinite(value), f.name, value, "a finite number")
         for name in ("learning_rate", "adamax_eps"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        portions = "kl_anneal_portion", "kl_const_portion"
-        for name in ("max_grad_norm", "learning_rate_min", "weight_decay", "weight_decay_norm", *portions):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.weight_decay_norm_anneal:
             for name in ("weight_decay_norm", "weight_decay_norm_init"):
                 _require(getattr(self, name) > 0, name, getattr(self, name), "above 0 when annealed")
@@ -130,20 +142,16 @@ class NVAEConfig:
 
     def __post_init__(self) -> None:
         size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        _require(len(size) == 2 and all(type(n) is int for n in size), "image_size", size, "height and width in pixels")
+        object.__setattr__(self, "image_size", size)
+        _check_fields(self)
         if self.arch_instance not in ARCHITECTURES:
             raise unknown("architecture", self.arch_instance, ARCHITECTURES)
         if self.likelihood not in LIKELIHOODS:
             raise unknown("likelihood", self.likelihood, LIKELIHOODS)
         if self.compat not in COMPATS:
             raise unknown("compat", self.compat, COMPATS)
-        _require(1 <= self.num_x_bits <= 8, "num_x_bits", self.num_x_bits, "1 to 8")
-        for name in ("channels", "num_mixture_dec", "num_latent_scales", "num_groups_per_scale", "num_latent_per_group",
-                     "min_groups_per_scale", "num_channels_enc", "num_channels_dec", "num_preprocess_cells",
-                     "num_postprocess_cells"):  # fmt: skip
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("padding", "num_preprocess_blocks", "num_cell_per_cond_enc", "num_cell_per_cond_dec", "num_nf"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.num_preprocess_blocks != self.num_postprocess_blocks:
             raise InputError(
                 f"num_preprocess_blocks={self.num_preprocess_blocks} and num_postprocess_blocks="
@@ -239,6 +247,20 @@ class NVAEConfig:
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise InputError(f"{name}={value} must be {expected}")
+
+
+def _check_fields(config: TrainConfig | NVAEConfig) -> None:
+    """InputError for a field of another type than it should have, one that is not finite or not within LIMITS."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type in KINDS:
+            kind, words = KINDS[f.type]
+            _require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), f.name, repr(value), words)
+        if isinstance(value, float):
+            _require(math.isfinite(value), f.name, value, "a finite number")
+        if f.name in LIMITS:
+            least, most = LIMITS[f.name]
+            _require(least <= value <= most, f.name, value, f"at least {least}" if value < least else f"at most {most}")
 
 
 def _names(cls: type) -> set[str]:

@@ -92,7 +92,7 @@ def inception(path: str | Path, channels: int, device: torch.device) -> Features
         model: nn.Module = Inception()
     wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     given = {k: v for k, v in given.items() if k in wanted}
-    check_keys(wanted, given)
+    check_keys(wanted, given, what=f"'{path}' holds no weights of the Inception network", cure=_INCEPTION)
     model.load_state_dict({k: v.float() for k, v in given.items()}, strict=False, assign=True)
     model = model.requires_grad_(False).eval()
     for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -105,20 +105,24 @@ def inception(path: str | Path, channels: int, device: torch.device) -> Features
 
 
 BUILT_IN = {"pixels": pixels, "randconv": randconv}
+_INCEPTION = "give --inception-weights FILE (pt_inception-2015-12-05-6726825d.pth for FID; nothing is downloaded)"
+
+
+def check_features(name: str, weights: str | Path | None = None) -> None:
+    """InputError for a name, or a file of weights, that `make_features` cannot take."""
+    if name not in (*BUILT_IN, "inception"):
+        raise unknown("features", name, [*BUILT_IN, "inception"])
+    if name == "inception" and weights is None:
+        raise InputError(f"the Inception network has no weights here: {_INCEPTION}")
+    if weights is not None and not Path(weights).is_file():
+        what = "is a folder" if Path(weights).is_dir() else "does not exist"
+        raise InputError(f"the file of Inception weights '{weights}' {what}: {_INCEPTION}")
 
 
 def make_features(name: str, channels: int, device: torch.device, weights: str | Path | None = None) -> Features:
     """The features of that name: a row of BUILT_IN, or "inception", which takes a file of `weights`."""
-    if name == "inception":
-        if weights is None:
-            raise InputError(
-                "the Inception network has no weights here: give --inception-weights FILE "
-                "(pt_inception-2015-12-05-6726825d.pth for FID; nothing is downloaded)"
-            )
-        return inception(weights, channels, device)
-    if name not in BUILT_IN:
-        raise unknown("features", name, [*BUILT_IN, "inception"])
-    return BUILT_IN[name](channels, device)
+    check_features(name, weights)
+    return BUILT_IN[name](channels, device) if name in BUILT_IN else inception(weights, channels, device)
 
 
 class Collected(NamedTuple):

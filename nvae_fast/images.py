@@ -12,6 +12,11 @@ from torch import Tensor
 from nvae_fast.checkpoint.files import atomic_write
 
 
+def enlargement(height: int, width: int, min_side: int = 64) -> int:
+    """The least whole factor by which both sides reach `min_side` pixels."""
+    return max(1, -(-min_side // min(height, width)))
+
+
 def grid(images: Tensor, columns: int, *, gap: int = 2, min_side: int = 64) -> Image.Image:
     """Images [N, C, H, W] in [0, 1] in rows of `columns`, on grey, enlarged by a whole factor to at least `min_side` pixels.
 
@@ -20,7 +25,7 @@ def grid(images: Tensor, columns: int, *, gap: int = 2, min_side: int = 64) -> I
     if images.shape[1] not in (1, 3):
         images = images[:, :1]
     n, _, height, width = images.shape
-    factor = max(1, -(-min_side // min(height, width)))
+    factor = enlargement(height, width, min_side)
     levels = to_levels(images)
     pixels = np.broadcast_to(levels, (*levels.shape[:3], 3))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

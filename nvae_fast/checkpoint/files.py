@@ -83,19 +83,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def check_keys(wanted: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
+def check_keys(
+    wanted: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    *,
+    what: str = "checkpoint of another configuration",
+    cure: str = "load it with the configuration it was trained with",
+) -> None:
     """One InputError that says how a state differs from the model it should fill: missing, extra, or of another shape."""
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     odd = [k for k in wanted if k in given and tuple(given[k].shape) != tuple(wanted[k].shape)]
-    for what, keys in (("lacks", missing), ("has unknown", extra)):
+    for verb, keys in (("lacks", missing), ("has unknown", extra)):
         if keys:
-            raise InputError(
-                f"checkpoint of another configuration: it {what} {len(keys)} of {len(wanted)} tensors, e.g. '{keys[0]}'; "
-                "load it with the configuration it was trained with"
-            )
+            raise InputError(f"{what}: it {verb} {len(keys)} of {len(wanted)} tensors, e.g. '{keys[0]}'; {cure}")
     if odd:
         k = odd[0]
-        raise InputError(
-            f"checkpoint of another configuration: '{k}' has shape {tuple(given[k].shape)}, the model expects "
-            f"{tuple(wanted[k].shape)}; load it with the configuration it was trained with"
-        )
+        raise InputError(f"{what}: '{k}' has shape {tuple(given[k].shape)}, the model expects {tuple(wanted[k].shape)}; {cure}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -130,6 +131,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"no '{path}': is this a checkpoint folder?") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"'{path}' is damaged ({error}): use another checkpoint") from None
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with None, JSON's null, for every number in it that is NaN or infinite."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from nvae_fast.cli import (
     train,
     traverse,
 )
-from nvae_fast.cli.flags import Parser, underscored
+from nvae_fast.cli.flags import Parser, check_not_empty, underscored
 from nvae_fast.errors import InputError, RunError, out_of_memory
 
 MODULES = (  # in the order of --help
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         argv = underscored(sys.argv[1:] if argv is None else argv)
         args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
+        check_not_empty(args)
         with out_of_memory():
             return COMMANDS[args.command].run(args) or 0
     except InputError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nvae_fast.checkpoint.files import atomic_write, writing
 from nvae_fast.cli.estimate import size
-from nvae_fast.cli.flags import OnOff, add_device_flag, device_of
+from nvae_fast.cli.flags import OnOff, add_device_flag, check_file, device_of
 from nvae_fast.errors import InputError, RunError, unknown
 from nvae_fast.presets import PRESETS
 
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None:
         set_threads(args.threads)
     if args.plot:
+        check_file("--plot", args.plot, ".png")
         require_matplotlib()
     for path in filter(None, (args.json, args.plot)):
         check_writable(Path(path))

@@ -18,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_pictures(args)
+    check_pictures(args, ".safetensors")
     import torch
 
     from nvae_fast.latents import save_latents

@@ -24,9 +24,10 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def size(text: str) -> int:
     """Bytes of "24GB", "24 GiB", "800M": powers of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise InputError(f"--budget={text}: expected a size such as 24GB or 800M")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    count = float(match[1]) * UNITS[match[2].upper()] if match else 0
+    if not 0 < count < UNITS["T"] ** 2:
+        raise InputError(f"--budget={text[:40]}: expected a size such as 24GB or 800M")
+    return int(count)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,10 @@ def run(args: argparse.Namespace) -> None:
     from nvae_fast.cli.flags import device_of
     from nvae_fast.estimate import Tracer, available_memory
     from nvae_fast.kernels.inverted_residual import MEMORY
+    from nvae_fast.training.data import fit_to_size
 
+    if args.image_size is not None:
+        config = fit_to_size(config, args.image_size, {"padding"} if args.padding is not None else set())
     device = device_of(args)
     precision = train.precision_of(args, device)
     if args.launches:

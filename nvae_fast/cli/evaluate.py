@@ -89,9 +89,16 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_mode == "evaluate_fid":
         metrics, args.features = ["fd"], "inception"
         args.inception_weights = args.inception_weights or (args.fid_dir and str(Path(args.fid_dir) / FID_FILE))
+    if args.model and args.checkpoint and args.model != args.checkpoint:
+        raise InputError(f"'{args.model}' and --checkpoint '{args.checkpoint}' are two models: give one")
+    if args.save and Path(args.save).exists() and not Path(args.save).is_dir():
+        raise InputError(f"--save '{args.save}' is a file: give a folder for the results")
     args.model = args.model or args.checkpoint
+    args.features = args.features or ("inception" if args.inception_weights else "randconv")
+    from nvae_fast.features import check_features
     from nvae_fast.training.distributed import joined
 
+    check_features(args.features, args.inception_weights)  # now, not when the likelihood is done
     with joined(device_of(args)) as processes:
         args.device = str(processes.device)
         _score(args, metrics)
@@ -164,8 +171,7 @@ def _distances(model: NVAE, folder: Path, args: argparse.Namespace, kinds: list[
     from nvae_fast.training.data import check_data, open_split
 
     config, device = with_data(model.config, args), model.prior_ftr0.device
-    name = args.features or ("inception" if args.inception_weights else "randconv")
-    features = make_features(name, config.channels, device, args.inception_weights)
+    features = make_features(args.features, config.channels, device, args.inception_weights)
     source = open_split(config, args.reference, image_size=config.data_size, max_corrupt=args.max_corrupt)
     check_data(config, source)
     against = reference(source, features, folder, device)
@@ -210,11 +216,10 @@ def _bar(args: argparse.Namespace, total: int, unit: str):
 
 def _write(folder: Path, weights: str, new: dict[str, Any]) -> None:
     """Join what is new with what evaluation.json says of the same weights."""
-    from nvae_fast.checkpoint.native import json_bytes
+    from nvae_fast.checkpoint.native import finite, json_bytes
 
     if not _main():
         return
-    new = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in new.items()}
     try:
         old = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError):
@@ -223,5 +228,5 @@ def _write(folder: Path, weights: str, new: dict[str, Any]) -> None:
         old = {}
     if "distances" in old and "distances" in new:
         new["distances"] = old["distances"] | new["distances"]
-    content = {"weights": weights, **old, **new}
+    content = finite({"weights": weights, **old, **new})
     atomic_write(folder / FILE, lambda file: file.write(json_bytes(content)))

@@ -212,6 +212,21 @@ def temperatures(text: str) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
+def check_not_empty(args: argparse.Namespace) -> None:
+    """InputError for an empty word, which a variable of the shell that is not set leaves behind."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise InputError(f"{name} is empty (''): give it a value, or leave it away")
+
+
+def check_file(flag: str, path: str | None, suffix: str) -> None:
+    """InputError where a flag names a folder, or a file as if it were of another kind than is written."""
+    if path is not None and Path(path).is_dir():
+        raise InputError(f"{flag} '{path}' is a folder: give the name of a file, as '{Path(path) / f'x{suffix}'}'")
+    if path is not None and Path(path).suffix.lower() not in (suffix, ""):
+        raise InputError(f"{flag} '{path}': what is written is {suffix[1:]}, so give a name that ends in {suffix}")
+
+
 def require_at_least_1(args: argparse.Namespace, *names: str) -> None:
     """InputError unless these flags are 1 or more."""
     for name in names:
@@ -230,7 +245,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise InputError(f"device '{name}' is not supported: use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device '{name}': this machine, or this build of torch, has no CUDA GPU; use --device cpu")

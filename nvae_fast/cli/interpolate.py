@@ -14,6 +14,7 @@ from nvae_fast.cli.pictures import (
     add_model_flags,
     add_output_flags,
     check_pictures,
+    check_room,
     indices,
     load_images,
     write_pictures,
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if len(x) < 2:
         raise InputError(f"{len(x)} image: an interpolation takes pairs; give --num-images 2 or more")
     pairs = len(x) // 2
+    check_room(model, pairs * args.steps)
     rows = interpolate(model, x[: 2 * pairs : 2], x[1 : 2 * pairs : 2], args.steps, path=args.path, groups=args.groups,
                        seed=args.seed, mean_latents=args.mean_latents, mean_pixels=args.mean_pixels)  # fmt: skip
     write_pictures(args, rows.flatten(0, 1), args.steps)

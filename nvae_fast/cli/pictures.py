@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvae_fast.cli.flags import OnOff, add_device_flag, add_reading_flags, add_seed_flag, require_at_least_1, with_data
+from nvae_fast.cli.flags import (
+    OnOff,
+    add_device_flag,
+    add_reading_flags,
+    add_seed_flag,
+    check_file,
+    require_at_least_1,
+    with_data,
+)
 from nvae_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,9 +71,29 @@ def indices(text: str) -> list[int]:
     raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers: give them as 3,0,17")
 
 
-def check_pictures(args: argparse.Namespace) -> None:
-    """InputError for counts below 1."""
+def check_pictures(args: argparse.Namespace, suffix: str = ".png") -> None:
+    """InputError for counts below 1, and for files named as if they were of another kind than `suffix` and .npz."""
+    check_file("--out", args.out, suffix)
+    check_file("--npz", getattr(args, "npz", None), ".npz")
     require_at_least_1(args, *(n for n in ("num_images", "columns", "num_samples", "batch_size", "steps") if hasattr(args, n)))
+
+
+def check_room(model: NVAE, count: int) -> None:
+    """InputError where `count` images and their grid do not fit into the memory of this machine."""
+    import torch
+
+    from nvae_fast.estimate import available_memory
+    from nvae_fast.images import enlargement
+
+    height, width = model.config.image_size
+    shown = 3 * enlargement(height, width) ** 2
+    need = count * height * width * (2 * 4 * model.config.channels + 3 * shown)  # twice in float32; in steps to the grid
+    room = available_memory(torch.device("cpu"))
+    if need > room:
+        raise InputError(
+            f"{count} images take {need / 2**30:.0f} GiB, and this machine has {room / 2**30:.0f}: ask for fewer; `evaluate "
+            "--eval_mode sample` writes any number of samples"
+        )
 
 
 def load_images(model: NVAE, args: argparse.Namespace) -> Tensor:
@@ -82,6 +110,7 @@ def load_images(model: NVAE, args: argparse.Namespace) -> Tensor:
     limit = args.num_images if wanted is None else max(wanted) + 1
     if wanted is not None and limit > len(source):
         raise InputError(f"--indices {limit - 1}: '{source.name}' has images 0 to {len(source) - 1}")
+    check_room(model, min(limit, len(source)))
     images = torch.cat(list(loader(config, source, train=False, batch_size=BATCH, workers=args.workers, limit=limit)))
     return images if wanted is None else images[wanted]
 
@@ -107,7 +136,7 @@ def write_pictures(args: argparse.Namespace, grid: Tensor, columns: int, images:
     from nvae_fast.sampling import check_finite
 
     check_finite(grid)
-    save_grid(grid, args.out, columns)
+    save_grid(grid, args.out, min(columns, len(grid)))
     if args.npz:
         save_npz(grid if images is None else images, args.npz)
 

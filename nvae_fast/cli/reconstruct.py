@@ -35,5 +35,6 @@ def run(args: argparse.Namespace) -> None:
     x = load_images(model, args)
     means = {"mean_latents": args.mean_latents, "mean_pixels": args.mean_pixels}
     images = torch.cat([reconstruct_images(model, b, seed=seed, **means) for b, seed in in_batches(x, args.seed)])
-    write_pictures(args, side_by_side(x, images, args.columns), args.columns, images)
+    columns = min(args.columns, len(x))
+    write_pictures(args, side_by_side(x, images, columns), columns, images)
     print(f"{len(images)} images and their reconstructions: {args.out}")

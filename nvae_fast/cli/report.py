@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from nvae_fast.cli.flags import check_file
+
 NAME = "report"
 
 
@@ -15,4 +17,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from nvae_fast.report import write_report
 
+    check_file("--out", args.out, ".html")
     print(f"report: {write_report(args.run, args.out)}")

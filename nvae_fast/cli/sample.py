@@ -10,6 +10,7 @@ from nvae_fast.cli.pictures import (
     add_output_flags,
     add_readjust_flags,
     check_pictures,
+    check_room,
     readjust,
     write_pictures,
 )
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from nvae_fast.sampling import sample_images
 
     model = load_model(args.model, args)
+    check_room(model, args.num_samples)
     readjust(model, args, args.temperature)
     images = sample_images(model, args.num_samples, temperature=args.temperature, batch_size=args.batch_size, seed=args.seed,
                            mean=args.mean_pixels)  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from nvae_fast.cli.flags import (
 )
 from nvae_fast.config import NVLABS_DATASETS, NVAEConfig
 from nvae_fast.data import DATASETS
-from nvae_fast.errors import InputError, out_of_memory, unknown
+from nvae_fast.errors import InputError, RunError, out_of_memory, unknown
 from nvae_fast.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -198,6 +199,11 @@ def train(args: argparse.Namespace, config: NVAEConfig, fit: bool, processes: Pr
     if trainer.progress.step:
         say(f"resumed at step {trainer.progress.step} of {trainer.total_steps}")
     result = trainer.run()
+    if result is not None and not math.isfinite(result.nelbo):
+        raise RunError(
+            f"trained, but the validation is {result.nelbo}: the weights in '{options.out}' are of no use; raise "
+            "--weight_decay_norm or lower --learning_rate, and train again"
+        )
     if result is not None:
         unit = f"{result.nelbo:.2f} nats ({result.nelbo_bpd:.3f} bits/dim)"
         say(f"done: validation -ELBO {unit}; see {options.out}/samples and {options.out}/metrics.jsonl")

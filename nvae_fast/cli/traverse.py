@@ -14,6 +14,7 @@ from nvae_fast.cli.pictures import (
     add_model_flags,
     add_output_flags,
     check_pictures,
+    check_room,
     load_images,
     write_pictures,
 )
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace) -> None:
     from nvae_fast.sampling import encode
 
     model = load_model(args.model, args)
-    latents = encode(model, load_images(model, args), seed=args.seed, mean=args.mean_latents)
+    x = load_images(model, args)
+    check_room(model, len(x) * args.steps)
+    latents = encode(model, x, seed=args.seed, mean=args.mean_latents)
     rows = traverse(model, latents, args.group, args.steps, reach=args.reach, channel=args.channel,
                     temperature=args.temperature, seed=args.seed, mean_pixels=args.mean_pixels)  # fmt: skip
     write_pictures(args, rows.flatten(0, 1), args.steps)

@@ -3,6 +3,6 @@
 from .base import ImageSource
 from .loader import Loader, make_loader
 from .sources import DATASETS, Dataset, open_images
-from .transforms import check_size
+from .transforms import MAX_SIDE, check_size
 
-__all__ = ["DATASETS", "Dataset", "ImageSource", "Loader", "check_size", "make_loader", "open_images"]
+__all__ = ["DATASETS", "MAX_SIDE", "Dataset", "ImageSource", "Loader", "check_size", "make_loader", "open_images"]

@@ -17,6 +17,7 @@ from .base import ImageSource, Rows, thread_count
 from .device import Raw, upload
 from .stream import StreamSource
 
+MAX_WORKERS = 1024
 T = TypeVar("T")
 Task = tuple[np.ndarray, Callable[..., Rows]]
 
@@ -66,6 +67,8 @@ class Loader:
         for value, name, least in ((batch_size, "--batch-size", 1), (padding, "padding", 0), (workers, "workers", 0)):
             if value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
+        if workers > MAX_WORKERS:
+            raise InputError(f"workers is {workers}, expected at most {MAX_WORKERS}")
         if not 0 <= rank < world:
             raise InputError(f"rank {rank} of {world} processes, expected 0 to {world - 1}")
         if limit is not None and limit < 1:

@@ -12,7 +12,7 @@ from . import arrays, cifar, lmdb_store, shards, stream, tfrecord
 from .base import ImageSource, Request, one_line
 from .decode import IMAGE_SUFFIXES
 from .folder import read_folder, read_tar, read_zip
-from .transforms import Transform
+from .transforms import Transform, check_side
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ def open_images(
         raise InputError(f"the validation share is {valid_fraction}, expected a number between 0 and 1")
     if image_size is not None and not (len(image_size) == 2 and all(isinstance(n, int) and n > 0 for n in image_size)):
         raise InputError(f"image size {image_size}, expected two whole numbers of pixels (height, width)")
+    if image_size is not None:
+        check_side(*image_size)
+    if window < 1:
+        raise InputError(f"--shuffle-window is {window}, expected at least 1")
     if max_corrupt < 0:
         raise InputError(f"--max-corrupt is {max_corrupt}, expected at least 0")
     if images_per_epoch is not None and images_per_epoch < 1:

@@ -60,6 +60,16 @@ def size_text(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
+MAX_SIDE = 4096
+"""Of an image that a model or `--image-size` names: 16 times that of the largest published NVAE."""
+
+
+def check_side(height: int, width: int) -> None:
+    """InputError for an image with a side above MAX_SIDE."""
+    if max(height, width) > MAX_SIDE:
+        raise InputError(f"image {size_text((height, width))}: expected at most {MAX_SIDE} pixels a side; use --image-size 256")
+
+
 def check_size(height: int, width: int, stride: int, *, padding: int = 0) -> None:
     """Raise an InputError unless height and width (pixels, padding included) are multiples of the model's stride.
 
@@ -67,6 +77,13 @@ def check_size(height: int, width: int, stride: int, *, padding: int = 0) -> Non
         stride: the product of all the model's reductions (2 for each pre-processing block and each scale but one).
         padding: pixels of zeros on each side that height and width contain; `--image-size` does not count them.
     """
+    check_side(height, width)
+    if stride > MAX_SIDE:
+        halvings = stride.bit_length() - 1
+        raise InputError(
+            f"{halvings} halvings of the image: expected at most {MAX_SIDE.bit_length() - 1}; use fewer --num-latent-scales or "
+            "--num-preprocess-blocks"
+        )
     if height > 0 and width > 0 and height % stride == 0 and width % stride == 0:
         return
     below = height // stride * stride, width // stride * stride
@@ -85,4 +102,5 @@ def check_size(height: int, width: int, stride: int, *, padding: int = 0) -> Non
     padded = f" (with {padding} pixels of padding on each side)" if padding else ""
     cure = text((best[0] - 2 * padding, best[1] - 2 * padding))
     image = size_text((height, width)) + padded
-    raise InputError(f"image {image} must be divisible by {stride}: {sizes}; use --image-size {cure}")
+    fewer = " or fewer --num-latent-scales" if stride > min(height, width) else ""
+    raise InputError(f"image {image} must be divisible by {stride}: {sizes}; use --image-size {cure}{fewer}")

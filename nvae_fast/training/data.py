@@ -27,17 +27,20 @@ def fit_to_data(config: NVAEConfig, source: ImageSource, fixed: Collection[str] 
 
     Padding is kept only if the padded size suits the model's strides. Data in colour are not binarised unless asked for.
     """
-    size, padding = (source.height, source.width), config.padding
-    padded = all((side + 2 * padding) % config.total_stride == 0 for side in size)
-    if not padded and "padding" not in fixed:
-        padding = 0
     training = config.training
     if source.channels != 1 and "binarize" not in fixed and config.likelihood == "auto":
         training = dataclasses.replace(training, binarize=False)
-    return dataclasses.replace(
-        config, image_size=(size[0] + 2 * padding, size[1] + 2 * padding), channels=source.channels, padding=padding,
-        training=training,
-    )  # fmt: skip
+    fitted = fit_to_size(config, (source.height, source.width), fixed)
+    return dataclasses.replace(fitted, channels=source.channels, training=training)
+
+
+def fit_to_size(config: NVAEConfig, size: tuple[int, int], fixed: Collection[str] = ()) -> NVAEConfig:
+    """The configuration for images of that (H, W); as in `fit_to_data`."""
+    padding = config.padding
+    padded = all((side + 2 * padding) % config.total_stride == 0 for side in size)
+    if not padded and "padding" not in fixed:
+        padding = 0
+    return dataclasses.replace(config, image_size=(size[0] + 2 * padding, size[1] + 2 * padding), padding=padding)
 
 
 def check_data(config: NVAEConfig, source: ImageSource) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import resource
 import sys
 import threading
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nvae_fast.checkpoint.files import atomic_write, writing
+from nvae_fast.checkpoint.native import finite
 
 
 def peak_memory(device: torch.device) -> int:
@@ -63,9 +63,8 @@ class RunLog:
 
     def write(self, **values: Any) -> None:
         """One line of metrics.jsonl (null for what is not finite); numbers also go to TensorBoard."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with writing(self.path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
             self._file.flush()
             if self._board is not None:
                 for name, value in values.items():

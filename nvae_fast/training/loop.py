@@ -153,7 +153,8 @@ class Trainer:
         for x in self.train_loader:
             self._step(x.to(o.device, memory_format=torch.channels_last, non_blocking=True))
             self.stop_if_asked()
-            if o.save_every and p.step % o.save_every == 0 and p.batch < len(self.train_loader):
+            due = o.save_every and p.step % o.save_every == 0 and p.batch < len(self.train_loader)
+            if due and not int(self.step.skipped_in_a_row):  # the way back leads to weights that were seen to work
                 self._save()
         total, count = self.processes.mean(self.loss).tolist()
         train_loss = total / count if count else math.nan
@@ -162,12 +163,17 @@ class Trainer:
         result = None
         if last or p.epoch % (1 if epochs <= 50 else 20) == 0:
             result = validate(self, train_loss, time.monotonic() - began)
+        finite = result is not None and math.isfinite(result.nelbo)
+        in_a_row = int(self.step.skipped_in_a_row)
+        if in_a_row and result is not None and not finite:  # fewer than max_skipped, but the weights are of no use either
+            raise Diverged(f"{in_a_row} steps in a row up to step {p.step} were not finite, and the validation is not either")
         p.epoch, p.batch = p.epoch + 1, 0
         self.loss.zero_()
-        best = result is not None and math.isfinite(result.nelbo) and (p.best is None or result.nelbo < p.best)
+        best = finite and (p.best is None or result.nelbo < p.best)
         if best:
             p.best = result.nelbo
-        if last or best or (p.epoch - 1) % math.ceil(epochs / 100) == 0:
+        due = (p.epoch - 1) % math.ceil(epochs / 100) == 0
+        if last or best or (due and (finite or not in_a_row)):
             self._save(best)
         return result
 

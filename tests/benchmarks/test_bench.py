@@ -161,6 +161,7 @@ def test_select():
         (["--json", "{file}/b.json"], "cannot write to '{file}/b.json'"),
         (["--json", "{folder}"], "cannot write to '{folder}': it is a folder"),
         (["--plot", "{file}/b.png"], "cannot write to '{file}/b.png'"),
+        (["--plot", "b.svg"], "what is written is png, so give a name that ends in .png"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_measured(flags, words, tmp_path, capsys, monkeypatch):

@@ -63,7 +63,12 @@ def test_check_size():
         ((30, 30), 8, {}, "image 30x30 must be divisible by 8: the nearest sizes are 24 and 32; use --image-size 32"),
         ((33, 33), 16, {}, "image 33x33 must be divisible by 16: the nearest sizes are 32 and 48; use --image-size 32"),
         ((24, 24), 16, {}, "the nearest sizes are 16 and 32; use --image-size 32"),
-        ((5, 5), 8, {}, "image 5x5 must be divisible by 8: the nearest size is 8; use --image-size 8"),
+        (
+            (5, 5),
+            8,
+            {},
+            "image 5x5 must be divisible by 8: the nearest size is 8; use --image-size 8 or fewer --num-latent-scales",
+        ),
         ((218, 178), 32, {}, "the nearest sizes are 192x160 and 224x192; use --image-size 224x192"),
         ((64, 70), 8, {}, "the nearest sizes are 64x64 and 64x72; use --image-size 64x72"),
         (
@@ -74,6 +79,8 @@ def test_check_size():
             "the nearest sizes are 24 and 32; use --image-size 28",
         ),
         ((4, 4), 3, {"padding": 2}, "the nearest size is 6; use --image-size 2"),
+        ((8192, 64), 8, {}, "image 8192x64: expected at most 4096 pixels a side; use --image-size 256"),
+        ((64, 64), 2**13, {}, "at most 12; use fewer --num-latent-scales or --num-preprocess-blocks"),
     ]:
         with pytest.raises(InputError) as caught:
             check_size(*size, stride, **options)

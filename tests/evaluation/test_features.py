@@ -106,7 +106,7 @@ def test_weights_never_run_code(weights, tmp_path):
         ("hostile.pth", "could run code"),
         ("script.pt", "TorchScript program, which is not run"),
         ("partial.pth", "it lacks"),
-        ("missing.pth", "no checkpoint at"),
+        ("missing.pth", "file of Inception weights"),
     ):
         with pytest.raises(InputError, match=words):
             make_features("inception", 3, CPU, tmp_path / name)
@@ -195,4 +195,4 @@ def test_the_command(cli, refused, saved, weights, tmp_path):
     refused("unknown metric 'fid'")(*argv, "--metrics", "fid")
     refused("--inception-weights FILE")(*argv, "--eval_mode", "evaluate_fid")
     (tmp_path / "fid").mkdir()
-    refused("no checkpoint at")(*argv, "--eval_mode", "evaluate_fid", "--fid_dir", tmp_path / "fid")
+    refused("file of Inception weights")(*argv, "--eval_mode", "evaluate_fid", "--fid_dir", tmp_path / "fid")

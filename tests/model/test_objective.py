@@ -79,6 +79,10 @@ def test_configurations_that_cannot_be_are_refused_in_one_line():
         (dict(epochs=6, warmup_epochs=5), "epochs=6 leaves no cosine decay"),
         (dict(learning_rate=0.0), "learning_rate=0.0 must be above 0"),
         (dict(kl_balance="squared"), "did you mean square"),
+        (dict(epochs=3.5), "epochs=3.5 must be a whole number"),
+        (dict(batch_size=True), "batch_size=True must be a whole number"),
+        (dict(learning_rate="0.1"), "learning_rate='0.1' must be a number"),
+        (dict(flip=1), "flip=1 must be true or false"),
     ):
         with pytest.raises(InputError, match=words) as error:
             TrainConfig(**values)
@@ -86,9 +90,12 @@ def test_configurations_that_cannot_be_are_refused_in_one_line():
     for values, words in (
         (dict(arch_instance="res_mbcon"), "did you mean res_mbconv"),
         (dict(image_size=(30, 30)), "nearest"),
+        (dict(image_size=(32,)), r"image_size=\(32,\) must be height and width in pixels"),
+        (dict(image_size=(8192, 8192)), "expected at most 4096 pixels a side"),
+        (dict(num_nf=1.5), "num_nf=1.5 must be a whole number"),
         (dict(num_groups_per_scale=1, num_channels_dec=16), "must be equal"),
         (dict(num_postprocess_blocks=1), "must be equal"),
-        (dict(num_x_bits=9), "num_x_bits=9 must be 1 to 8"),
+        (dict(num_x_bits=9), "num_x_bits=9 must be at most 8"),
     ):
         with pytest.raises(InputError, match=words) as error:
             NVAEConfig(**values)

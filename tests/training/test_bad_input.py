@@ -146,7 +146,7 @@ def test_a_run_that_is_not_there(refuse, tmp_path):
         (["--kl_balance", "squares"], ["unknown KL balance 'squares': did you mean square"]),
         (["--arch_instance", "res_mbconv5"], ["unknown architecture", "res_mbconv"]),
         (["--num_postprocess_blocks", 2], ["num_postprocess_blocks=2 must be equal"]),
-        (["--num_x_bits", 9], ["num_x_bits=9 must be 1 to 8"]),
+        (["--num_x_bits", 9], ["num_x_bits=9 must be at most 8"]),
         (["--num_process_per_node", 0], ["--num_process_per_node=0 must be at least 1"]),
         (["--node_rank", 2], ["--node_rank=2: expected 0 to 0"]),
         (["--num_proc_node", 2], ["--num_proc_node=2 without --master_address"]),
@@ -155,6 +155,23 @@ def test_a_run_that_is_not_there(refuse, tmp_path):
         (["--accumulate", 0], ["accumulate=0 must be at least 1"]),
         (["--max_grad_norm", -1], ["max_grad_norm=-1.0 must be at least 0"]),
         (["--likelihood", "gauss"], ["unknown likelihood 'gauss'"]),
+        (["--image_size", 100_000], ["image 100000x100000: expected at most 4096 pixels a side"]),
+        (["--kl_anneal_portion", 2], ["kl_anneal_portion=2.0 must be at most 1"]),
+        (["--kl_const_portion", -1], ["kl_const_portion=-1.0 must be at least 0"]),
+        (["--kl_const_coeff", 5], ["kl_const_coeff=5.0 must be at most 1"]),
+        (["--num_latent_scales", 9], ["must be divisible by 512", "or fewer --num-latent-scales"]),
+        (["--num_latent_scales", 13], ["13 halvings of the image: expected at most 12"]),
+        (["--num_latent_scales", 10**9], ["num_latent_scales=1000000000 must be at most 13"]),
+        (["--num_groups_per_scale", 10**9], ["num_groups_per_scale=1000000000 must be at most 1000"]),
+        (["--num_nf", 10**9], ["num_nf=1000000000 must be at most 1000"]),
+        (["--num_channels_enc", 10**9], ["num_channels_enc=1000000000 must be at most 65536"]),
+        (["--num_cell_per_cond_enc", 10**9], ["num_cell_per_cond_enc=1000000000 must be at most 1000"]),
+        (["--padding", 10**9], ["padding=1000000000 must be at most 2048"]),
+        (["--epochs", 10**400], ["must be at most 1000000000"]),
+        (["--workers", 10**9], ["workers is 1000000000, expected at most 1024"]),
+        (["--shuffle_window", 0], ["--shuffle-window is 0, expected at least 1"]),
+        (["--device", "cpu:5"], ["device 'cpu:5' is not supported: use cpu or cuda"]),
+        (["--data", ""], ["data is empty ('')"]),
     ],
 )
 def test_flags_of_training(refuse, flags, parts):
@@ -183,12 +200,47 @@ def test_flags_of_training(refuse, flags, parts):
         (["reconstruct", "--num_images", 0], "--num_images=0 must be at least 1"),
         (["reconstruct", "--data", "/nowhere"], "/nowhere does not exist"),
         (["sample", "--device", "cuda:99"], "device 'cuda:99'"),
+        (["sample", "--num_samples", 10**9], "1000000000 images take "),
+        (["interpolate", "--steps", 10**9], "images take "),
+        (["traverse", "--steps", 10**9], "images take "),
+        (["sample", "--npz", "x.npy"], "--npz 'x.npy': what is written is npz"),
+        (["sample", "--npz", "."], "--npz '.' is a folder"),
+        (["evaluate", "--checkpoint", "other"], "--checkpoint 'other' are two models"),
+        (["evaluate", "--features", "colours"], "unknown features 'colours'"),
+        (["evaluate", "--inception_weights", "nofile"], "file of Inception weights 'nofile' does not exist: give --inc"),
     ],
 )
 def test_flags_of_the_other_commands(refused, finished, tmp_path, argv, part):
     command, *flags = argv
     refused(part)(command, finished, *flags, "--out", tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv", [["sample"], ["reconstruct"], ["interpolate"], ["traverse"], ["encode"], ["decode", "latents"], ["report"]]
+)
+def test_pictures_under_the_name_of_another_kind(refused, finished, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = argv
+    refused("--out 'x.jpg': what is written is ")(command, finished, *rest, "--out", "x.jpg")
+    refused("--out '.' is a folder")(command, finished, *rest, "--out", ".")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_where_a_file_is(refused, finished, images):
+    refused("is a file: give a folder for the results")("evaluate", finished, "--save", images)
+
+
+def test_other_weights_than_inceptions(refused, finished, latest, tmp_path):
+    weights = latest(finished) / "model.safetensors"
+    argv = "evaluate", finished, "--metrics", "fd", "--save", tmp_path, "--inception_weights", weights
+    refused("holds no weights of the Inception network: it lacks 470 of 470 tensors", "give --inception-weights FILE")(*argv)
+
+
+def test_a_grid_is_no_wider_than_its_images(cli, finished, tmp_path):
+    for command in ("sample", "reconstruct"):
+        assert cli(command, finished, "-n", 3, "--columns", 10**9, "--out", tmp_path / "x.png").code == 0
+        assert Image.open(tmp_path / "x.png").width == 3 * 66 + 2
 
 
 def test_conversions(refused, finished, exportable, cli, tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 
 from nvae_fast import NVAE, PRESETS
 from nvae_fast.checkpoint.native import load_training
+from nvae_fast.evaluation import Likelihood
 from nvae_fast.regularization import SpectralState
 from nvae_fast.training import Trainer
 from nvae_fast.training.doctor import diagnose
@@ -183,6 +184,21 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, metrics, mon
     assert train(tmp_path / "run").code == 0
     (back,) = events(metrics(tmp_path / "run"), "rollback")
     assert (back["step"], back["reason"]) == (3, "the weights became infinite or NaN at step 6")
+
+
+@pytest.mark.parametrize("flags", [(), ("--save_every", 1)])
+def test_a_run_too_short_to_notice_that_it_diverged(train, tmp_path, metrics, latest, flags):
+    result = train(tmp_path / "run", "--learning_rate", 1e30, *flags)
+    assert result.code == 1 and result.err.splitlines()[-1].startswith("nvae-fast: 1 steps in a row up to step 3 were not fin")
+    assert "the validation is not either, after 3 rollbacks; the last checkpoint stands" in result.err
+    assert load_training(latest(tmp_path / "run"))[1]["progress"]["step"] == (2 if flags else 0)
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()  # which is no JSON
+
+
+def test_a_validation_that_is_not_finite_is_no_success(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("nvae_fast.training.loop.validate", lambda *_: Likelihood(*[NAN] * len(Likelihood._fields)))
+    result = train(tmp_path / "run")
+    assert result.code == 1 and "done" not in result.err and "trained, but the validation is nan: the weights" in result.err
 
 
 # ---- the doctor ----------------------------------------------------------------------------------------------------------
