@@ -40,7 +40,7 @@ CPU = {
 def choose(op: str, impl: str, images: Sequence[Tensor], others: Sequence[Tensor] = (), *, fused: bool = False) -> str:
     """`impl`, or what auto becomes where the table's row does not hold for these images (and other tensors that may need
     gradients)."""
-    if impl != "auto" or images[0].device.type != "cpu":
+    if impl != "auto" or images[0].device.type != "cpu" or _impl.transformed():
         return impl
     rule = CPU[op]
     wins = not rule.channels_last or all(t.is_contiguous(memory_format=torch.channels_last) for t in images)

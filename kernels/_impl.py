@@ -65,7 +65,10 @@ def resolve_impl(op: str, impl: str, *tensors: Tensor | None) -> str:
     if impl == "auto" and (_setting == "reference" or _setting in impls):
         impl = _setting
     given = [t for t in tensors if t is not None]
-    if impl == "auto":
+    inside = impl != "reference" and transformed()
+    if inside and impl != "auto":
+        raise RuntimeError(f"{op}: impl='{impl}' cannot run inside vmap, grad or jvp of torch.func; impl='reference' can")
+    if impl == "auto" and not inside:
         for name, predicate in impls.items():
             reason = predicate(given)
             if reason is None:
@@ -73,14 +76,19 @@ def resolve_impl(op: str, impl: str, *tensors: Tensor | None) -> str:
             if reason == _native_reason():
                 _say_once(reason)
         return "reference"
-    if impl == "reference":
-        return impl
+    if impl == "reference" or inside:
+        return "reference"
     if impl not in impls:
         raise RuntimeError(f"{op} has no '{impl}' implementation: use impl='auto' or one of {', '.join(_names(op))}")
     reason = impls[impl](given)
     if reason is not None:
         raise RuntimeError(f"{op}: impl='{impl}' cannot run: {reason}; impl='auto' picks one that can")
     return impl
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, ...) is at work, which only the references understand."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unless_chosen(op: str) -> str:

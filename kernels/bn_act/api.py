@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from nvae_fast.kernels import _auto, _impl, _norm
+from nvae_fast.kernels import _auto, _check, _impl, _norm
 from nvae_fast.kernels.bn_act import ops, reference
 
 ACTIVATIONS = _norm.ACTIVATIONS
@@ -17,6 +17,7 @@ ACTIVATIONS = _norm.ACTIVATIONS
 _impl.register("bn_act", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 
 
+@_check.typed
 def bn_act(
     x: Tensor,
     weight: Tensor | None,

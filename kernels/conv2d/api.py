@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nvae_fast.kernels import _auto, _impl, _norm, _norm_conv
+from nvae_fast.kernels import _auto, _check, _impl, _norm, _norm_conv
 from nvae_fast.kernels.bn_act import ops as bn_act_ops
 from nvae_fast.kernels.conv2d import ops, reference
 
 _impl.register("conv2d", triton=bn_act_ops.triton_can_run, cpu=bn_act_ops.cpu_can_run)
 
 
+@_check.typed
 def conv2d(
     x: Tensor,
     weight: Tensor,

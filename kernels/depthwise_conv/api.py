@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nvae_fast.kernels import _auto, _impl, _norm_conv
+from nvae_fast.kernels import _auto, _check, _impl, _norm_conv
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.depthwise_conv import ops, reference
 
 _impl.register("depthwise_conv", cpu=ops.cpu_can_run, cuda=ops.cuda_can_run, triton=ops.triton_can_run)
 
 
+@_check.typed
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,

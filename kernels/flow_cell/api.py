@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
+from nvae_fast.kernels import _check, _impl
 from nvae_fast.kernels._norm import check_beside
 from nvae_fast.kernels.flow_cell import ops, reference
 
 _impl.register("flow_cell", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
+@_check.typed
 def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Tensor, *, impl: str = "auto") -> Tensor:
     """z - m(z), m = conv1x1(elu(elu(depthwise5x5(elu(conv3x3(z)))))) + bias, all padded to keep the size.
 

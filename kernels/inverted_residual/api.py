@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nvae_fast.kernels import _auto, _impl, _norm
+from nvae_fast.kernels import _auto, _check, _impl, _norm
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.bn_act.ops import ApplyNorm
 from nvae_fast.kernels.inverted_residual import ops, reference
@@ -21,6 +21,7 @@ MEMORY = ("fast", "balanced", "low")
 _impl.register("inverted_residual", cpu=ops.cpu_can_run, cuda=ops.cuda_can_run, triton=ops.triton_can_run)
 
 
+@_check.typed
 def inverted_residual(
     x: Tensor,
     expand: Tensor,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
+from nvae_fast.kernels import _check, _impl
 from nvae_fast.kernels.logistic_mixture import ops, reference
 
 COMPAT = ("nvlabs", "fixed")
@@ -26,6 +26,7 @@ _impl.register("logistic_mixture_sample")
 _impl.register("logistic_mixture_mean")
 
 
+@_check.typed
 def logistic_mixture_log_prob(
     x: Tensor,
     params: Tensor,
@@ -77,6 +78,7 @@ def logistic_mixture_log_prob(
     return reference.logistic_mixture_log_prob(x, params, num_mixtures=num_mixtures, num_bits=num_bits, compat=compat)
 
 
+@_check.typed
 def logistic_mixture_sample(
     params: Tensor,
     *,
@@ -120,6 +122,7 @@ def logistic_mixture_sample(
     return reference.logistic_mixture_sample(params, *noise, num_mixtures=num_mixtures, temperature=temperature, compat=compat)
 
 
+@_check.typed
 def logistic_mixture_mean(params: Tensor, *, channels: int, num_mixtures: int, impl: str = "auto") -> Tensor:
     """Image [B, C, H, W] in [0, 1]: y_c = clamp(mean_c + sum over j < c of a_cj y_j), where the means and the
     coefficients are averages over the components with weights softmax(logits)."""
@@ -128,6 +131,7 @@ def logistic_mixture_mean(params: Tensor, *, channels: int, num_mixtures: int, i
     return reference.logistic_mixture_mean(params, channels=channels, num_mixtures=num_mixtures)
 
 
+@_check.typed
 def logistic_mixture_channels(channels: int, num_mixtures: int) -> int:
     """Channels of `params`: M (1 + 2C + C(C-1)/2), 10 M for three colours."""
     if channels < 1 or num_mixtures < 1:

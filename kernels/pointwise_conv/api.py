@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nvae_fast.kernels import _auto, _impl, _norm_conv
+from nvae_fast.kernels import _auto, _check, _impl, _norm_conv
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.pointwise_conv import ops, reference
 
 _impl.register("pointwise_conv", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
+@_check.typed
 def pointwise_conv(
     x: Tensor,
     weight: Tensor,

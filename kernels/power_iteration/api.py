@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
+from nvae_fast.kernels import _check, _impl
 from nvae_fast.kernels._norm import check_beside
 from nvae_fast.kernels.power_iteration import ops, reference
 
 _impl.register("power_iteration", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
+@_check.typed
 def power_iteration(
     weights: Sequence[Tensor],
     u: Sequence[Tensor],
@@ -55,6 +56,7 @@ def power_iteration(
         raise ValueError(f"{len(weights)} weights, {len(u)} u, {len(v)} v: expected one u and one v for each weight")
     if iterations < 0:
         raise ValueError(f"iterations {iterations}: expected 0 or more")
+    _check.least(eps=eps)
     rows, columns, device = [], [], weights[0].device
     for i, (w, left, right) in enumerate(zip(weights, u, v, strict=True)):
         size = w.shape

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
+from nvae_fast.kernels import _check, _impl
 from nvae_fast.kernels.residual_normal import ops, reference
 from nvae_fast.kernels.residual_normal.reference import ResidualNormalOutput
 
@@ -22,6 +22,7 @@ _impl.register("normal_sample")
 _impl.register("normal_log_prob")
 
 
+@_check.typed
 def residual_normal(
     mu_q: Tensor,
     log_sigma_q: Tensor,
@@ -67,6 +68,7 @@ def residual_normal(
     return ResidualNormalOutput(*ops.ResidualNormal.apply(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, residual))
 
 
+@_check.typed
 def normal_sample(
     mu: Tensor,
     log_sigma: Tensor,
@@ -88,6 +90,7 @@ def normal_sample(
     return reference.normal_sample(mu.to(dtype), log_sigma.to(dtype), noise, temperature)
 
 
+@_check.typed
 def normal_log_prob(z: Tensor, mu: Tensor, log_sigma: Tensor, *, impl: str = "auto") -> Tensor:
     """log Normal(z; mu, log_sigma), summed over h and w: [B, Z, h, w] each -> [B, Z], in nats.
 
@@ -98,11 +101,13 @@ def normal_log_prob(z: Tensor, mu: Tensor, log_sigma: Tensor, *, impl: str = "au
     return reference.normal_log_prob(z, mu, log_sigma)
 
 
+@_check.typed
 def soft_clamp(x: Tensor) -> Tensor:
     """5 tanh(x / 5), elementwise, in x's dtype: the identity near 0, bounded by -5 and 5."""
     return reference.soft_clamp(x)
 
 
+@_check.typed
 def normal_params(mu: Tensor, log_sigma: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(mean, sigma) = (c5(mu), temperature * (exp(c5(log_sigma)) + 0.01)), elementwise, in the inputs' dtype."""
     return reference.normal_params(mu, log_sigma, temperature)

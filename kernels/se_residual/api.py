@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _auto, _impl, _norm
+from nvae_fast.kernels import _auto, _check, _impl, _norm
 from nvae_fast.kernels._norm_conv import batch_stats
 from nvae_fast.kernels.bn_act.ops import ApplyNorm
 from nvae_fast.kernels.se_residual import ops, reference
@@ -17,6 +17,7 @@ from nvae_fast.kernels.se_residual import ops, reference
 _impl.register("se_residual", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 
 
+@_check.typed
 def se_residual(
     skip: Tensor,
     x: Tensor,
@@ -50,7 +51,7 @@ def se_residual(
 
     Source: Hu et al., arXiv 1709.01507; NVAE, arXiv 2007.03898, figure 3.
     """
-    if x.dim() != 4 or not (x.is_floating_point() and skip.is_floating_point()):
+    if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x of shape {tuple(x.shape)} and {x.dtype}: expected a floating-point [B, C, H, W]")
     if skip.shape != x.shape:
         raise ValueError(f"skip of shape {tuple(skip.shape)}: expected the shape of x, {tuple(x.shape)}")

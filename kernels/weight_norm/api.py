@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _impl
+from nvae_fast.kernels import _check, _impl
 from nvae_fast.kernels._norm import check_beside
 from nvae_fast.kernels.weight_norm import ops, reference
 
 _impl.register("weight_norm", cpu=ops.cpu_can_run, triton=ops.triton_can_run)
 
 
+@_check.typed
 def weight_norm(
     weights: Sequence[Tensor],
     log_norms: Sequence[Tensor],
@@ -49,6 +50,7 @@ def weight_norm(
 
     Source: Salimans and Kingma, arXiv 1602.07868, with the norm's logarithm learned (NVAE, arXiv 2007.03898).
     """
+    _check.least(eps=eps)
     n = len(weights)
     if len(log_norms) != n or (masks is not None and len(masks) != n):
         counts = f"{n} weights, {len(log_norms)} log_norms, {'no' if masks is None else len(masks)} masks"
