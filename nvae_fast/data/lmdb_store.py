@@ -21,6 +21,7 @@ from ..errors import InputError
 from .base import ImageSource, LazySource, Request, one_line
 from .corrupt import Corrupt
 from .decode import decode
+from .lmdb_pages import fault
 
 DESCRIPTION = "dataset.json"
 STORES = ("train.lmdb", "validation.lmdb")
@@ -50,12 +51,15 @@ def _library() -> Any:
 @cache  # the library refuses to open one file twice in a process
 def _environment(path: Path) -> Any:
     lmdb = _library()
+    file = path / "data.mdb" if path.is_dir() else path
+    if file.is_file() and (found := fault(file)):
+        raise InputError(f"{path} is damaged ({found}): copy or build it again")
     try:
         env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, max_spare_txns=16)
     except lmdb.Error as error:
         raise InputError(f"{path} is not a readable LMDB: {one_line(error)}") from None
     needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    size = os.path.getsize(path / "data.mdb" if path.is_dir() else path)
+    size = os.path.getsize(file)
     if size < needed:  # a page beyond the end of a mapped file would kill the process
         env.close()
         raise InputError(f"{path} is cut off: it has {size} bytes of {needed}; copy or build it again")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from nvae_fast.data import DATASETS, make_loader, open_images
+from nvae_fast.data.lmdb_pages import fault
 from nvae_fast.data.lmdb_store import _environment
 
 
@@ -113,3 +114,45 @@ def test_without_the_library(tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     _environment.cache_clear()
     refused(tmp_path, "LMDBs need lmdb: pip install nvae_fast[data]", dataset="ffhq")
+
+
+def put(data: bytearray, at: int, size: int, value: int) -> None:
+    data[at : at + size] = value.to_bytes(size, "little")
+
+
+def got(data: bytearray, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], "little")
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "size", "value", "words"),
+    [
+        ("meta", 16 + 24, 4, 4095, "pages of 4095 bytes"),
+        ("meta", 16 + 120, 8, 0, "1 pages in use"),
+        ("branch", 0, 8, 1, "page {} has a wrong head"),
+        ("branch", 10, 2, 2, "page {} has a wrong head"),
+        ("leaf", 12, 2, 4098, "page {} has a wrong head"),
+        ("leaf", 14, 2, 4098, "page {} has a wrong head"),
+        ("leaf", 16, 2, 4090, "page {} has a wrong node"),
+        ("leaf", "size", 4, 2**31, "page {} has a wrong node"),
+        ("leaf", "key", 2, 4000, "page {} has a wrong node"),
+        ("leaf", "big", 8, 10**9, "page {} has a wrong node"),
+        ("branch", "size", 4, 10**6, "level 1 leads to pages that are not there"),
+    ],
+)
+def test_pages_that_would_kill_the_process(tmp_path, refused, kind, at, size, value, words):
+    write(tmp_path / "train.lmdb", numbered([bytes(3 * 32 * 32)] * 500))
+    path = tmp_path / "train.lmdb" / "data.mdb"
+    assert fault(path) is None and len(open_images(tmp_path, dataset="imagenet_32", keep_small=False)) == 500
+    _environment.cache_clear()
+    data = bytearray(path.read_bytes())
+    number = {"branch": 1, "leaf": 2}.get(kind)
+    heads = [i for i in range(8192, len(data), 4096) if got(data, i, 8) == i // 4096 and got(data, i + 10, 2) == number]
+    for start in heads or (0, 4096):
+        node = start + got(data, start + 16, 2)
+        named = {"size": node, "key": node + 6, "big": node + 8 + got(data, node + 6, 2)} if heads else {}
+        put(data, named.get(at, start if isinstance(at, str) else start + at), size, value)
+    path.write_bytes(data)
+    found = fault(path)
+    assert found in [words.format(start // 4096) for start in heads or (0,)]
+    refused(tmp_path, f"train.lmdb is damaged ({found}): copy or build it again", dataset="imagenet_32")
