@@ -40,8 +40,6 @@ def conv2d(
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
     """
-    if norm is None:
-        raise ValueError("norm is None: expected a Norm; without one call torch.nn.functional.conv2d")
     x, weight = _norm_conv.check(x, weight, norm, act)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [C_out, {x.shape[1]}, k, k]")
@@ -51,8 +49,8 @@ def conv2d(
         _norm.check_beside(x, bias=bias)
         bias = bias.to(weight.dtype)
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} {value!r}: expected an integer of at least {least}, for both axes")
+        if value < least:
+            raise ValueError(f"{name} {value}: expected an integer of at least {least}, for both axes")
     sizes = stride, padding, dilation
     impl = _auto.choose("conv2d", impl, [x], [weight], fused=True)
     if _impl.resolve_impl("conv2d", impl, x) == "reference":

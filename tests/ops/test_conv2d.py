@@ -51,9 +51,9 @@ def test_only_x_is_kept():
         (dict(weight=torch.zeros(4, 3, 3, 3)), r"weight has shape \(4, 3, 3, 3\): expected \[C_out, 5, k, k\]"),
         (dict(bias=torch.zeros(3)), r"bias has shape \(3,\): expected \(4,\)"),
         (dict(stride=0), "stride 0: expected an integer of at least 1"),
-        (dict(stride=(1, 1)), r"stride \(1, 1\): expected an integer of at least 1, for both axes"),
+        (dict(stride=(1, 1)), "stride is tuple: expected a whole number"),
         (dict(padding=-1), "padding -1: expected an integer of at least 0"),
-        (dict(padding="same"), "padding 'same': expected an integer of at least 0"),
+        (dict(padding="same"), "padding is str 'same': expected a whole number"),
         (dict(norm=None), "norm is None: expected a Norm"),
         (dict(bias=torch.zeros(4, device="meta")), "bias is on meta: expected cpu, where x is"),
         (dict(act="relu"), "act 'relu': expected one of identity, swish, elu"),
@@ -61,6 +61,6 @@ def test_only_x_is_kept():
 )
 def test_bad_arguments(change, message):
     arguments = dict(x=torch.zeros(2, 5, 4, 4), weight=torch.zeros(4, 5, 3, 3), norm=F.Norm(), act="swish") | change
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
         F.conv2d(**arguments)
     assert "\n" not in str(caught.value)
