@@ -27,6 +27,7 @@ KINDS = {
     "float": ((int, float), "a number"),
     "bool": (bool, "true or false"),
     "str": (str, "a word"),
+    "str | None": ((str, type(None)), "a word or nothing"),
 }
 MANY, DEEP, WIDE = 10**9, 1000, 2**16  # more is a slip of the finger
 HALVINGS = MAX_SIDE.bit_length() - 1  # of the largest image, down to one pixel

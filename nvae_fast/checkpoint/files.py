@@ -48,6 +48,8 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
     path = Path(path)
     temporary = None
     with writing(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a rename would put a file in its place
+            raise FileExistsError(None, "it is a device or a pipe")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:

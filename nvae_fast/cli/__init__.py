@@ -76,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
+    except OSError as error:  # what asking about a path raises: a name that is too long, a folder that may not be entered
+        if error.filename is None or error.strerror is None:
+            raise
+        return _fail(f"cannot use '{str(error.filename)[:200]}': {error.strerror}; choose another path", 2)
     except Interrupted as stop:
         return _fail(f"{stop}; state saved, continue with --resume auto", stop.exit_code)
     except KeyboardInterrupt:

@@ -83,6 +83,7 @@ def test_configurations_that_cannot_be_are_refused_in_one_line():
         (dict(batch_size=True), "batch_size=True must be a whole number"),
         (dict(learning_rate="0.1"), "learning_rate='0.1' must be a number"),
         (dict(flip=1), "flip=1 must be true or false"),
+        (dict(dataset=[1]), r"dataset=\[1\] must be a word or nothing"),
     ):
         with pytest.raises(InputError, match=words) as error:
             TrainConfig(**values)
