@@ -93,7 +93,8 @@ def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.
 class FactorizedReduce(nn.Module):
     """Halves H and W (both even): four stride-2 1x1 convolutions of swish(x) at the four pixel offsets, concatenated.
 
-    They run as one 2x2 convolution of stride 2, whose filters have one live tap each.
+    They run as one 2x2 convolution of stride 2, whose filters have one live tap each. A pixel that is NaN or infinite therefore
+    makes all channels NaN where it is seen, not those of its own convolution alone: the other filters hold zeros there.
     """
 
     OFFSETS = ((0, 0), (1, 1), (0, 1), (1, 0))  # (row, column) that conv_1 ... conv_4 see of each 2x2 pixels

@@ -43,6 +43,9 @@ def depthwise_conv(
     impl: "auto", "reference", "cpu" (float32 or bfloat16, k up to 11, any strides), "cuda" (float16 too, k up to 27) or
         "triton" (float16 too). The reference alone can be differentiated twice.
 
+    What is not finite in x reaches what it reaches in PyTorch. In the weight, or on its way to the weight's gradient, it stays
+    within its channel but may go further there: the zeros around the image are multiplied, too.
+
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
     """
     if upsample not in (1, 2) or (upsample == 2 and stride != 1):

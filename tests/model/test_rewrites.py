@@ -47,3 +47,11 @@ def test_a_whole_model_is_its_formulas(within_budget):
 def test_odd_sides_cannot_be_halved():
     with pytest.raises(InputError, match="7x8 cannot be halved: expected even sides"):
         FactorizedReduce(4, 8)(torch.zeros(1, 4, 7, 8))
+
+
+def test_a_pixel_that_is_not_a_number_stays_in_its_place():
+    module, x = FactorizedReduce(4, 8), torch.ones(1, 4, 6, 8)
+    x[0, 2, 3, 5] = torch.nan
+    expected = torch.zeros(1, 8, 3, 4, dtype=torch.bool)
+    expected[0, :, 1, 2] = True
+    assert torch.equal(module(x).isnan(), expected)

@@ -173,3 +173,22 @@ def test_bad_arguments_are_one_line(change, words):
     with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
         depthwise_conv(values.pop("x"), values.pop("weight"), **values)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_not_a_number_reaches_as_far_as_it_is_said_to(stride):
+    def nans(impl, where):
+        x = torch.ones(2, 24, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
+        w = torch.ones(24, 1, 5, 5, requires_grad=True)
+        if where == "x":
+            x.data[1, 3, 4, 4] = torch.nan
+        else:
+            w.data[3, 0, 0, 1] = torch.nan
+        y = depthwise_conv(x, w, stride=stride, impl=impl)
+        y.sum().backward()
+        return [t.isnan().transpose(0, 1).flatten(1) for t in (y, x.grad, w.grad.transpose(0, 1))]  # by channel
+
+    for where, exact in (("x", (True, True, False)), ("w", (False, False, False))):
+        for got, plain, same in zip(nans("cpu", where), nans("reference", where), exact, strict=True):
+            assert torch.equal(got, plain) if same else not (plain & ~got).any()
+            assert not got[:3].any() and not got[4:].any() and got[3].any() == plain[3].any()
