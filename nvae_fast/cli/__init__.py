@@ -64,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the run failed, 2 bad usage or input, 130 or 143 stopped with its state saved."""
-    from nvae_fast.training.signals import Interrupted
-
     try:
+        from nvae_fast.training.signals import Interrupted  # seconds, in which a user may think better of it
+
         argv = underscored(sys.argv[1:] if argv is None else argv)
         args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
         check_not_empty(args)
@@ -76,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
-    except OSError as error:  # what asking about a path raises: a name that is too long, a folder that may not be entered
-        if error.filename is None or error.strerror is None:
-            raise
-        return _fail(f"cannot use '{str(error.filename)[:200]}': {error.strerror}; choose another path", 2)
-    except Interrupted as stop:
-        return _fail(f"{stop}; state saved, continue with --resume auto", stop.exit_code)
     except KeyboardInterrupt:
         return _fail("stopped by SIGINT", 130)
+    except OSError as error:  # what asking about a path raises: a name that is too long, a folder that may not be entered
+        if error.strerror is None:
+            raise
+        what = "go on" if error.filename is None else f"use '{str(error.filename)[:200]}'"
+        return _fail(f"cannot {what}: {error.strerror}; choose another path, or free some space", 2)
+    except Interrupted as stop:
+        return _fail(f"{stop}; state saved, continue with --resume auto", stop.exit_code)
 
 
 def _fail(message: object, code: int) -> int:

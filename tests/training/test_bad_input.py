@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 
 import numpy as np
@@ -226,13 +225,6 @@ def test_pictures_under_the_name_of_another_kind(refused, finished, tmp_path, mo
     refused("--out 'x.jpg': what is written is ")(command, finished, *rest, "--out", "x.jpg")
     refused("--out '.' is a folder")(command, finished, *rest, "--out", ".")
     assert not list(tmp_path.iterdir())
-
-
-def test_places_that_are_no_files(refused, finished, tmp_path):
-    refused("cannot use '", "File name too long; choose another path")("sample", finished, "--out", tmp_path / ("x" * 300))
-    os.mkfifo(tmp_path / "pipe")
-    refused("it is a device or a pipe; choose another place")("sample", finished, "-n", 1, "--out", tmp_path / "pipe")
-    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_results_where_a_file_is(refused, finished, images):

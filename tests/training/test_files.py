@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,31 @@ def test_damaged_lines_of_the_log_are_dropped(train, own_copy, finished, metrics
     path.write_bytes(path.read_bytes() + b'3\n{"step": 4}\n\xff\n{"event": "train", "st')
     assert train(own_copy, "--resume").code == 0  # opens the log, though all is done
     assert metrics(own_copy) == metrics(finished)
+
+
+def test_places_that_are_no_files(refused, finished, tmp_path):
+    refused("cannot use '", "File name too long; choose another path, or free some space")(
+        "sample", finished, "--out", tmp_path / ("x" * 300)
+    )
+    os.mkfifo(tmp_path / "pipe")
+    refused("it is a device or a pipe; choose another place")("sample", finished, "-n", 1, "--out", tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_stopped_while_it_imports(cli, monkeypatch):
+    class Impatient:
+        def find_spec(self, name, *_):
+            if name == "nvae_fast.training.signals":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "nvae_fast.training.signals")
+    monkeypatch.setattr(sys, "meta_path", [Impatient(), *sys.meta_path])
+    assert cli("env") == (130, "", "nvae-fast: stopped by SIGINT\n")
+
+
+def test_no_room_for_temporary_files(refused, finished, monkeypatch):
+    def full(*_, **__):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("nvae_fast.cli.sample.load_model", full)
+    refused("cannot go on: No usable temporary directory found; choose another path, or free some space")("sample", finished)
