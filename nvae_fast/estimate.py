@@ -116,4 +116,7 @@ def channels_last(model: NVAE) -> NVAE:
         for name, p in module.named_parameters(recurse=False):
             if p.dim() == 4:
                 setattr(module, name, nn.Parameter(p.detach().contiguous(memory_format=torch.channels_last)))
+        for name, b in module.named_buffers(recurse=False):
+            if b.dim() == 4:
+                setattr(module, name, b.contiguous(memory_format=torch.channels_last))
     return model

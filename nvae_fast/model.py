@@ -224,12 +224,13 @@ class NVAE(ModelFiles, nn.Module):
         the mean KL of every group over processes, for the balancing (`objective.balance_kl`).
         """
         c = self.config
-        with shared_effective_weights(self.convolutions(), self.batch_norms()):
+        convolutions, norms = self.convolutions(), self.batch_norms()
+        with shared_effective_weights(convolutions, norms):
             out = self(x, noise)
             bn = sr = out.log_q.new_zeros(())
             if isinstance(spectral_coeff, Tensor) or spectral_coeff:
-                sr = (spectral if spectral is not None else SpectralState())(self.convolutions())
-                bn = bn_regularizer(self.batch_norms())
+                sr = (spectral if spectral is not None else SpectralState())(convolutions)
+                bn = bn_regularizer(norms)
         dist = self.decoder_output(out.logits)
         recon = reconstruction_loss(dist, reduce_bits(x, c.num_x_bits), c.padding)
         balanced, gamma = balance_kl(

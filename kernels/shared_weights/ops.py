@@ -158,12 +158,13 @@ def _backward_cpu(
     for own in _lists.grouped([i for i, (_, _, v) in enumerate(terms) if v is not None], lambda i: id(terms[i][0])):
         factor = terms[own[0]][0]
         rows = [weights[i] if weights[i].dim() > 1 else weights[i][None] for i in own]
-        others = [None if dweights[i] is None else dweights[i].reshape(r.shape) for i, r in zip(own, rows, strict=True)]
-        u = torch.cat([factor.new_ones(1) if terms[i][1] is None else terms[i][1] for i in own])
+        others = [g[None] if g is not None and g.dim() == 1 else g for g in (dweights[i] for i in own)]
+        one = factor.new_ones(1)
+        u = torch.cat([one if terms[i][1] is None else terms[i][1] for i in own])
         v = torch.cat([terms[i][2] for i in own])
         joined = raw.power_iteration_add(others, factor.expand(len(own)), u, v, layouts(rows))
         for i, total in zip(own, joined, strict=True):
-            dweights[i] = total.view(weights[i].shape) if weights[i].dim() == 1 else total
+            dweights[i] = total[0] if weights[i].dim() == 1 else total
     dnorms: list[Tensor | None] = [None] * len(weights)
     normed = [i for i, norm in enumerate(log_norms) if norm is not None]
     if normed:

@@ -51,9 +51,9 @@ def load_term(item, r, k, inside):
     """factor u v^T at these rows and columns: u is 1 where there is none, the product 0 where there is no v."""
     factor_ptr, u_ptr = pointer_in(item, FACTOR, tl.float32, False), pointer_in(item, U, tl.float32, False)
     v_ptr, period = pointer_in(item, V, tl.float32, False), tl.load(item + PERIOD).to(tl.int32)
-    some = v_ptr.to(tl.int64) != 0
+    some, step = v_ptr.to(tl.int64) != 0, tl.load(item + STEP).to(tl.int32)
     left = tl.load(u_ptr + r, mask=(u_ptr.to(tl.int64) != 0) & (r < tl.load(item + ROWS)), other=1.0)
-    right = tl.load(v_ptr + (k % period * tl.load(item + STEP) + k // period), mask=inside & some, other=0.0)
+    right = tl.load(v_ptr + (k % period * step + k // period), mask=inside & some, other=0.0)
     return tl.load(factor_ptr, mask=some, other=0.0) * left * right
 
 

@@ -30,10 +30,9 @@ def shared_effective_weights(convs: Iterable[nn.Conv2d], norms: Iterable[nn.Batc
     change inside.
     """
     joins = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    found = [i for m in convs if not getattr(m, "data_init_pending", False) for i in _of_convolution(m, joins)]
+    found = [i for m in convs for i in _of_convolution(m, joins)]
     if joins:
-        found += [_Item(n, "weight", n.weight.dtype) for n in norms if n.weight is not None]
-    found = [i for i in found if getattr(i.module, PLACES["weight"], None) is None]
+        found += [_Item(n, "weight", n.weight.dtype) for n in norms if n.weight is not None and effective(n) is n.weight]
     if found:
         normalised = [i.name == "weight" and hasattr(i.module, "log_weight_norm") for i in found]
         shared = SharedWeights(
@@ -44,15 +43,24 @@ def shared_effective_weights(convs: Iterable[nn.Conv2d], norms: Iterable[nn.Batc
             eps=NORM_EPS,
         )
         for number, (item, value) in enumerate(zip(found, shared.values, strict=True)):
-            setattr(item.module, PLACES[item.name], value)
+            _put(item.module, PLACES[item.name], value)
             if joins and item.name == "weight":
-                item.module.joint = shared, number
+                _put(item.module, "joint", (shared, number))
     try:
         yield
     finally:
         for item in found:
-            setattr(item.module, PLACES[item.name], None)
-            item.module.joint = None
+            _put(item.module, PLACES[item.name], None)
+            if joins:
+                _put(item.module, "joint", None)
+
+
+def _put(module: nn.Module, name: str, value: object) -> None:
+    """As setattr, whose search for parameters takes a millisecond for the modules of a small model."""
+    if torch.compiler.is_compiling():
+        setattr(module, name, value)
+    else:
+        vars(module)[name] = value
 
 
 class _Item(NamedTuple):
@@ -62,7 +70,9 @@ class _Item(NamedTuple):
 
 
 def _of_convolution(conv: nn.Conv2d, joins: bool) -> Iterator[_Item]:
-    """The parameters that a pass is better off not to take as they are."""
+    """The parameters that a pass is better off not to take as they are; none where an outer pass shares them."""
+    if vars(conv).get("data_init_pending") or vars(conv).get(PLACES["weight"]) is not None:
+        return
     own, dtype = conv.weight.dtype, _compute_dtype(conv)
     if dtype != own or joins or hasattr(conv, "log_weight_norm"):
         yield _Item(conv, "weight", dtype)

@@ -21,7 +21,7 @@ from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
 MODULES = "_join", "adamax.triton", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.triton", "se_residual.triton"
 MODULES += "residual_normal.triton", "logistic_mixture.triton"
-MODULES += "flow_cell.triton", "power_iteration.triton", "weight_norm.triton"
+MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
 STORED |= {"h1_ptr", "da1_ptr", "da2_ptr"}
@@ -83,6 +83,7 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),
+    "shared_weights": dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
     "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32, RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
 }
 OTHERS = {  # than CONSTANTS say
