@@ -1,4 +1,4 @@
-"""How many things a training step asks a GPU to do, counted without one: the step is traced on tensors without values.
+"""How many things a training step, or sampling, asks a GPU to do, counted without one: it is traced on tensors without values.
 
 Our ops go through the launchers of their Triton kernels, whose kernels are counted instead of run, so that the figures are the
 launchers' own, whatever the sizes. What torch does itself counts once for an operation that is no view and no allocation; a
@@ -29,10 +29,12 @@ from nvae_fast.benchmarks.plain import plain
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import RunError
 from nvae_fast.estimate import channels_last
+from nvae_fast.folding import folded
 from nvae_fast.kernels import _auto, _impl, _lists, _triton
 from nvae_fast.model import NVAE
 from nvae_fast.optim import FusedAdamax
 from nvae_fast.regularization import SpectralState
+from nvae_fast.sampling import draw
 from nvae_fast.training.step import PRECISIONS, TrainingStep
 
 GOAL = 2500
@@ -182,6 +184,23 @@ def rival(config: NVAEConfig, precision: str, batch: int) -> Counter[str]:
         with mode:
             optimizer.step()
     return found.names + last.names
+
+
+def count_sampling(config: NVAEConfig, *, batch: int = 16) -> tuple[Counter[str], Counter[str]]:
+    """Launches of a batch of samples, from the prior's noise to pixels, by name: of the folded model and of the plain one.
+    RunError without Triton."""
+    launchers()
+    with _fakes():
+        for mode in (Launches(), found := Launches()):
+            with mode.on_gpu():
+                model = folded(channels_last(NVAE(config)).eval())
+                mode.names.clear()
+                draw(model, None, 0.7, False, batch)
+        with _impl.use_impl("reference"):
+            model = plain(channels_last(NVAE(config)).eval())
+            with Launches() as rival:
+                draw(model, None, 0.7, False, batch)
+    return found.names, rival.names
 
 
 class _Decides:

@@ -108,12 +108,16 @@ class FactorizedReduce(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise InputError(f"images of {x.shape[2]}x{x.shape[3]} cannot be halved: expected even sides")
+        return tf.conv2d(tf.silu(x), *self.filters(), stride=2)
+
+    def filters(self) -> tuple[Tensor, Tensor]:
+        """(weight [O, C, 2, 2], bias [O]) of that convolution."""
         convs = (self.conv_1, self.conv_2, self.conv_3, self.conv_4)
         weights = [
             tf.pad(conv.effective_weight(), (column, 1 - column, row, 1 - row))
             for conv, (row, column) in zip(convs, self.OFFSETS, strict=True)
         ]
-        return tf.conv2d(tf.silu(x), torch.cat(weights), torch.cat([effective(conv, "bias") for conv in convs]), stride=2)
+        return torch.cat(weights), torch.cat([effective(conv, "bias") for conv in convs])
 
 
 class UpsampleProject(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nvae_fast.distributions import reduce_bits
 from nvae_fast.errors import InputError
-from nvae_fast.layers import shared_effective_weights
+from nvae_fast.folding import folded
 from nvae_fast.model import NVAE
 from nvae_fast.objective import reconstruction_loss
 
@@ -73,10 +73,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def noise_generator(device: torch.device, seed: int, *stream: int) -> torch.Generator:
-    """A generator for one purpose: `seed` itself for stream 0, else a hash of both, so that streams do not overlap."""
-    if any(stream):
-        seed = int(np.random.SeedSequence((seed, *stream)).generate_state(1)[0])
-    return torch.Generator(device).manual_seed(seed)
+    """A generator for one purpose, started from `noise_seed`."""
+    return torch.Generator(device).manual_seed(noise_seed(seed, *stream))
+
+
+def noise_seed(seed: int, *stream: int) -> int:
+    """`seed` itself for stream 0, else a hash of both, so that streams do not overlap."""
+    return int(np.random.SeedSequence((seed, *stream)).generate_state(1)[0]) if any(stream) else seed
 
 
 class _Sums:
@@ -132,7 +135,8 @@ def evaluate(model: NVAE, batches: Iterable[Tensor], *, num_iw_samples: int = 1,
     config, device = model.config, model.prior_ftr0.device
     generator = noise_generator(device, seed, ranks()[0])
     sums = _Sums(model, num_iw_samples)
-    with eval_mode(model), shared_effective_weights(model.convolutions()):
+    with eval_mode(model):
+        model = folded(model)
         for x in batches:
             if not len(x):
                 continue

@@ -159,7 +159,7 @@ class FusedAdamax(torch.optim.Adamax):
     def swapped_ema(self) -> Iterator[None]:
         """Inside, the parameters hold their averages, for evaluation and sampling. Statistics of batch norms stay."""
         averages = list(self.ema_parameters())
-        params = [p.data for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
         _swap(params, averages)
         try:
             yield

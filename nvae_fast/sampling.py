@@ -6,18 +6,22 @@ what the decoder sees. Everything runs in eval mode and leaves the model's mode 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nvae_fast.errors import RunError
-from nvae_fast.evaluation import eval_mode, noise_generator
+from nvae_fast.evaluation import eval_mode, noise_generator, noise_seed
+from nvae_fast.folding import FoldedNVAE, folded
+from nvae_fast.graph import CallGraph
 from nvae_fast.layers import shared_effective_weights
 from nvae_fast.model import NVAE
 
 Temperature = float | Sequence[float]
+REPLAYED = ("cuda",)  # kinds of devices that have graphs
 PIXELS = 1  # the stream of random numbers that pixels of given latents are drawn from; latents have stream 0
 
 
@@ -56,12 +60,43 @@ def sample_batches(model: NVAE, n: int, *, temperature: Temperature = 1.0, batch
     top-down. `mean` takes pixel means instead of draws.
     """
     rank, world = part
+    sampler = _Sampler(model, temperature, mean)
     for i in range(rank, -(-n // batch_size), world):
-        with passes(model) as device:  # entered anew for every batch: in between the caller does what it likes with the model
-            generator = noise_generator(device, seed, i)
-            logits = model.sample(min(batch_size, n - i * batch_size), temperature, generator=generator)
-            images = show(model, logits, generator, mean=mean)
-        yield images
+        yield sampler(min(batch_size, n - i * batch_size), noise_seed(seed, i))
+
+
+class _Sampler:
+    """Batches of images at one temperature: from the model folded, and anew where the caller has changed it in between; on a
+    GPU replayed as a CUDA graph."""
+
+    def __init__(self, model: NVAE, temperature: Temperature, mean: bool) -> None:
+        self.model, self.settings = model, (temperature, mean)
+        self.folded: FoldedNVAE | None = None
+        self.draw: Callable[[int], dict[str, Tensor]] | None = None
+
+    def __call__(self, n: int, seed: int) -> Tensor:
+        """n images [n, C, H, W]."""
+        if self.folded is None or self.folded.stale:
+            self._fold()
+        assert self.draw is not None
+        self.generator.manual_seed(seed)
+        return self.draw(n)["images"]
+
+    def _fold(self) -> None:
+        self.folded = self.draw = None  # before there are two of them
+        with eval_mode(self.model):
+            self.folded = folded(self.model)
+        self.generator = torch.Generator(self.model.prior_ftr0.device)
+        self.draw = partial(draw, self.folded, self.generator, *self.settings)
+        if self.generator.device.type in REPLAYED:
+            self.draw = CallGraph("sampling", self.draw, self.generator.device, generators=[self.generator])
+
+
+@torch.no_grad()
+def draw(model: NVAE, generator: torch.Generator | None, temperature: Temperature, mean: bool, n: int) -> dict[str, Tensor]:
+    """n images of a model in eval mode as "images" [n, C, H, W], without waiting for the device."""
+    logits = model.sample(n, temperature, generator=generator)
+    return {"images": show(model, logits, generator, mean=mean)}
 
 
 def sample_images(model: NVAE, n: int, *, temperature: Temperature = 1.0, batch_size: int = 64, seed: int = 0,

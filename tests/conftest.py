@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,6 +55,48 @@ def within_budget() -> Callable[[Tensor, Tensor, Tensor], None]:
         assert error <= budget, f"error {error:.2e} over the budget {budget:.2e} (plain op: {plain_error:.2e})"
 
     return check
+
+
+class FakeGraphs:
+    """In the place of torch.cuda's streams and graphs: `recording` is set while a graph is recorded, `replay()` is what a
+    replay does, and `generators` are those that graphs know."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recording = False
+        self.replay: Callable[[], None] = lambda: None
+        self.generators: list[torch.Generator] = []
+        fakes = self
+
+        class Graph:
+            def replay(self) -> None:
+                fakes.replay()
+
+            def register_generator_state(self, generator: torch.Generator) -> None:
+                assert not fakes.recording
+                fakes.generators.append(generator)
+
+        @contextlib.contextmanager
+        def record(graph: Graph, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"
+            states = [generator.get_state() for generator in fakes.generators]
+            fakes.recording = True
+            try:
+                yield
+            finally:
+                fakes.recording = False
+                for generator, state in zip(fakes.generators, states, strict=True):
+                    generator.set_state(state)  # recording draws nothing
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        names = {"Stream": lambda device: stream, "current_stream": lambda device: stream, "CUDAGraph": Graph, "graph": record,
+                 "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda device: None}  # fmt: skip
+        for name, fake in names.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> FakeGraphs:
+    return FakeGraphs(monkeypatch)
 
 
 class Result(NamedTuple):

@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launches",
         action="store_true",
-        help="count what a GPU would launch for a step, without one (minutes for deep models)",
+        help="count what a GPU would launch for a step and for samples, without one (minutes for deep models)",
     )
 
 
@@ -86,7 +86,7 @@ def plain_footprint(config: NVAEConfig, precision: str) -> Footprint:
 
 def print_launches(config: NVAEConfig, precision: str) -> None:
     """The counts of `benchmarks.launches`, in all and by name down to those that are a hundredth of ours."""
-    from nvae_fast.benchmarks.launches import GOAL, UPLOAD, count
+    from nvae_fast.benchmarks.launches import GOAL, UPLOAD, count, count_sampling
 
     ours, plain = count(config, precision=precision)
     own, uploads = (sum(n for name, n in ours.items() if pick(name)) for pick in (is_kernel, UPLOAD.__eq__))
@@ -99,6 +99,10 @@ def print_launches(config: NVAEConfig, precision: str) -> None:
     for name, n in ours.most_common():
         if n >= ours.total() / 100:
             print(f"  {n:6d}  {name}")
+    ours, plain = count_sampling(config)
+    own = sum(n for name, n in ours.items() if is_kernel(name))
+    print(f"a batch of samples, fp32: ours {ours.total()} ({own} of our kernels), plain {plain.total()}: "
+          f"{plain.total() / ours.total():.1f} times as many")  # fmt: skip
 
 
 def is_kernel(name: str) -> bool:

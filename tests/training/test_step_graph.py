@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nvae_fast.training.graph import WARM_UP, StepGraph, graph_obstacle
+from nvae_fast.graph import WARM_UP
+from nvae_fast.training.graph import StepGraph, graph_obstacle
 
 
 class Device:
     """Counts how calls of `run` came about; `refuse` makes recording fail."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, graphs):
         self.direct = self.recorded = self.replayed = 0
-        self.refuse = self.recording = False
-        self.ok = True
-        device = self
-
-        class Graph:
-            def replay(self):
-                device.replayed += 1
-                x, rate, _, norm_coeff = device.arguments
-                assert rate.data_ptr() == device.graph._numbers.data_ptr()
-                _, kl_coeff, weight = device.graph._numbers.float()  # which the recording holds, too
-                device.out.copy_(device.formula(x, rate, kl_coeff, weight if isinstance(norm_coeff, torch.Tensor) else 0.0))
-
-        @contextlib.contextmanager
-        def record(graph, stream, capture_error_mode):
-            assert capture_error_mode == "thread_local"
-            device.recording = True
-            try:
-                yield
-            finally:
-                device.recording = False
-
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        fakes = {"Stream": lambda device: stream, "current_stream": lambda device: stream, "CUDAGraph": Graph, "graph": record,
-                 "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda device: None}  # fmt: skip
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
+        self.refuse, self.ok = False, True
+        self.graphs, graphs.replay = graphs, self.replay
         self.graph = StepGraph(self.run, torch.device("cpu"), lambda: self.ok)
+
+    def replay(self):
+        self.replayed += 1
+        x, rate, _, norm_coeff = self.arguments
+        assert rate.data_ptr() == self.graph._numbers.data_ptr()
+        _, kl_coeff, weight = self.graph._numbers.float()  # which the recording holds, too
+        self.out.copy_(self.formula(x, rate, kl_coeff, weight if isinstance(norm_coeff, torch.Tensor) else 0.0))
 
     @staticmethod
     def formula(x, rate, kl_coeff, norm_coeff):
         return x.sum() * 100 + rate * 10 + kl_coeff + norm_coeff / 10
 
     def run(self, x, rate, kl_coeff, norm_coeff):
-        if not self.recording:
+        if not self.graphs.recording:
             self.direct += 1
             return {"total": torch.as_tensor(self.formula(x, rate, kl_coeff, norm_coeff)).float()}
         if self.refuse:
@@ -71,8 +54,8 @@ class Device:
 
 
 @pytest.fixture
-def device(monkeypatch):
-    return Device(monkeypatch)
+def device(fake_graphs):
+    return Device(fake_graphs)
 
 
 def test_recorded_once_and_replayed_with_new_values(device):

@@ -11,7 +11,7 @@ import torch
 
 from nvae_fast import functional as F
 from nvae_fast.benchmarks import launches as launches_module
-from nvae_fast.benchmarks.launches import UPLOAD, Launches, count, weight
+from nvae_fast.benchmarks.launches import UPLOAD, Launches, count, count_sampling, weight
 from nvae_fast.cells import Cell
 from nvae_fast.cli import main
 from nvae_fast.errors import RunError
@@ -83,6 +83,19 @@ def test_the_count_of_a_small_preset():
     assert ours.total() <= 528 and plain.total() >= 3.5 * ours.total()  # no step back: lower it with every launch that goes
 
 
+def test_the_count_of_samples():
+    """A cell is two 1x1 convolutions, a normalised image, a depthwise convolution and the three of its squeeze-excitation:
+    no tables, no norms of weights, no copies of filters; of images there are two, at the top."""
+    ours, plain = count_sampling(SMALL, batch=1)
+    decoder = NVAE(SMALL)
+    cells = sum(isinstance(m, Cell) for part in (decoder.dec_tower, decoder.post_process) for m in part)
+    kernels = {name: n for name, n in ours.items() if name.endswith("_kernel")}
+    counts = {f"{name}_kernel": cells for name in ("bn_act_fwd", "depthwise_conv_fwd", "se_residual_sums", "se_residual_fwd",
+                                                   "se_residual_apply")}  # fmt: skip
+    assert kernels == counts | {"pointwise_conv_fwd_kernel": 2 * cells} and not ours[UPLOAD]
+    assert ours["torch.clone"] <= 2 and ours.total() <= 70 and plain.total() >= 5 * ours.total()
+
+
 def test_launches_of_operations_of_torch():
     def of(name, *args, overload="default"):
         return weight(getattr(getattr(torch.ops.aten, name), overload), args)
@@ -97,11 +110,14 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(launches_module, "count", lambda *args, **kwargs: (
         Counter({"a_kernel": 1500, UPLOAD: 10, "torch.add": 995, "torch.mul": 5}), Counter({"torch.add": 5020})
     ))  # fmt: skip
+    found = Counter({"a_kernel": 90, "torch.add": 10}), Counter({"torch.add": 650})
+    monkeypatch.setattr(launches_module, "count_sampling", lambda config: found)
     assert main(["estimate", "--preset", "demo", "--launches", "--precision", "bf16"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "demo, batch 32, bf16: launches of a training step on a GPU, counted without one",
         "  ours     2510: 1500 of our kernels, 10 uploads, 1000 of torch's operations; ABOVE the 2500 aimed at",
         "  plain    5020: 2.0 times as many", "    1500  a_kernel", "     995  torch.add",
+        "a batch of samples, fp32: ours 100 (90 of our kernels), plain 650: 6.5 times as many",
     ]  # fmt: skip
 
 
