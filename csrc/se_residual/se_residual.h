@@ -17,7 +17,7 @@ struct Gate {
 
 // What a pass over an image needs to know of it: [channels] each, from the kernels below.
 struct Image {
-  float *x_mean, *squeezed, *gate;  // mean of x; relu(w1 (mean of v) + b1) [hidden]; sigmoid(w2 squeezed + b2)
+  float *x_mean, *gate, *slope, *squeezed;  // mean of x; sigmoid(w2 squeezed + b2); sigmoid'; relu(w1 (mean of v) + b1) [hidden]
 };
 
 template <typename T>

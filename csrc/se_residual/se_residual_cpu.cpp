@@ -15,11 +15,12 @@ Shape shape_of(const Tensor& x, const OptionalTensor& w1, double residual_scale)
   return {x.size(0), x.size(2) * x.size(3), x.size(1), w1 ? w1->size(0) : 0, static_cast<float>(residual_scale)};
 }
 
-// What the forward leaves for the backward, [images][2 channels + hidden]: mean of x, gate, squeezed.
-int64_t state_width(const Shape& s) { return s.hidden ? 2 * s.channels + s.hidden : 0; }
+// What the forward leaves for the backward, [images][3 channels + hidden]: mean of x, gate, slope, squeezed. The slope would lose
+// the digits of 1 - gate if it were computed from a gate that is rounded.
+int64_t state_width(const Shape& s) { return s.hidden ? 3 * s.channels + s.hidden : 0; }
 Image image_state(const Shape& s, float* state, int64_t image) {
   float* p = state + image * state_width(s);
-  return {p, p + 2 * s.channels, p + s.channels};
+  return {p, p + s.channels, p + 2 * s.channels, p + 3 * s.channels};
 }
 
 // From dgate [channels], the gradient of the gate, to dpooled, that of what it was computed from; the weights' are added to g.
@@ -29,7 +30,7 @@ struct GateGradients {
 void excite_back(const Shape& s, const float* w1, const float* w2, const Image& image, const double* pooled, double* dgate,
                  double* dpooled, GateGradients& g) {
   for (int64_t c = 0; c < s.channels; c++) {
-    dgate[c] *= static_cast<double>(image.gate[c]) * (1.0 - image.gate[c]);
+    dgate[c] *= image.slope[c];
     g.b2[c] += dgate[c];
     dpooled[c] = 0;
   }

@@ -48,7 +48,7 @@ void pool(const Shape& s, const T* x, float* means) {
   });
 }
 
-// squeezed = relu(w1 pooled + b1), gate = sigmoid(w2 squeezed + b2); pooled comes in where the gate goes out.
+// squeezed = relu(w1 pooled + b1), gate = sigmoid(w2 squeezed + b2) and its slope; pooled comes in where the gate goes out.
 inline void excite(const Shape& s, const Gate& g, const Image& image) {
   for (int64_t h = 0; h < s.hidden; h++) {
     vf dot{};
@@ -63,7 +63,9 @@ inline void excite(const Shape& s, const Gate& g, const Image& image) {
     const int n = (int)(s.channels - c < L ? s.channels - c : L);
     vf t = load_n(g.b2 + c, n);
     for (int64_t h = 0; h < s.hidden; h++) t += load_n(g.w2 + h * s.channels + c, n) * image.squeezed[h];
-    store_n(image.gate + c, sigmoid(t), n);
+    const vf gate = sigmoid(t);
+    store_n(image.gate + c, gate, n);
+    store_n(image.slope + c, gate * sigmoid(-t), n);
   }
 }
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _auto, _check, _impl, _norm
-from nvae_fast.kernels._norm_conv import batch_stats
 from nvae_fast.kernels.bn_act.ops import ApplyNorm
 from nvae_fast.kernels.se_residual import ops, reference
 
@@ -30,7 +29,7 @@ def se_residual(
     bn: Tensor | None = None,
     return_stats: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """y = skip + residual_scale * x * sigmoid(w2 relu(w1 mean_hw(x) + b1) + b2), the gate per image and channel.
 
     With w1, b1, w2 and b2 all None there is no gate: y = skip + residual_scale * x.
@@ -42,7 +41,8 @@ def se_residual(
         w2, b2: [C, H], [C]: the linear layer back.
         residual_scale: weight of the branch.
         bn: the normalisation of x that `inverted_residual(..., defer=True)` left to do, applied here on the way in.
-        return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them.
+        return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them; None
+            where they would cost a pass of their own (the reference).
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
             differentiated twice.
 
@@ -78,7 +78,7 @@ def se_residual(
     if _impl.resolve_impl("se_residual", impl, skip, x) == "reference":
         x = x if bn is None else ApplyNorm.apply(x, bn)
         y = reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale)
-        return (y, batch_stats(y)) if return_stats else y
+        return (y, None) if return_stats else y
     dtype = torch.promote_types(skip.dtype, x.dtype)
     w1, b1, w2, b2 = (None if t is None else t.float() for t in (w1, b1, w2, b2))
     y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), bn, w1, b1, w2, b2, residual_scale, return_stats)

@@ -40,7 +40,7 @@ def _forward_shapes(
     residual_scale: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = 0 if w1 is None else 2 * x.shape[1] + w1.shape[0]
+    width = 0 if w1 is None else 3 * x.shape[1] + w1.shape[0]
     found = x.new_empty(2 if stats else 0, x.shape[1], dtype=torch.float32)
     return empty_image(x, *x.shape), x.new_empty(x.shape[0], width, dtype=torch.float32), found
 
@@ -66,7 +66,7 @@ def _backward_shapes(
 
 
 class SEResidual(torch.autograd.Function):
-    """Keeps x, bn, the gate's two weight matrices, and per image its means, its gate and the hidden units."""
+    """Keeps x, bn, the gate's two weight matrices, and per image its means, its gate with the slope, and the hidden units."""
 
     @staticmethod
     def forward(

@@ -125,6 +125,16 @@ def test_nan_stays_in_its_image():
         assert y[1, 4, 2, 1].isnan() and y.isnan().sum() == 1
 
 
+def test_an_open_gate_keeps_the_digits_of_its_slope():
+    """1 - gate of a gate that is rounded has lost those that say how far from 1 it is."""
+    args = se_tensors(2, 33, 4, 5)
+    args[5] = args[5] + 10.0
+    exact, got = (
+        outcome(se, [t.to(d) for t in args], [], i)["d5"] for d, i in ((torch.float64, "reference"), (torch.float32, "cpu"))
+    )
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 def test_an_expanded_skip_and_its_gradient():
     x = image(2, 9, 4, 3)
     zero = torch.zeros((), requires_grad=True)

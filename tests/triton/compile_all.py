@@ -38,8 +38,9 @@ REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
 REALS |= {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
 CONSTANTS |= dict(LOG_BETA1=-0.1, NEAR=True, DECAY=True)
-CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_H=16)
-GATE = "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
+CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
+JOIN = "parts_ptr", "tickets_ptr"
+DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
 LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent channels; three colours and 10 mixtures
     "residual_normal": [
@@ -61,11 +62,14 @@ ABSENT = {  # which pointers a launcher may leave out
     "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
     "power_iteration_sweep_kernel": [("norms_ptr",), ("norms_ptr", "shares_ptr")],
     "power_iteration_finish_kernel": [("norms_ptr",)],
-    "se_residual_sums_kernel": [("bn_ptr",), ("bn_ptr", "x_ptr")],
-    "se_residual_fwd_kernel": [("bn_ptr",), (*GATE, "parts_ptr"), (*GATE, "parts_ptr", "bn_ptr")],
-    "se_residual_bwd_kernel": [("bn_ptr",), GATE, (*GATE, "parts_ptr", "bn_ptr")],
-    "se_residual_apply_kernel": [("skip_ptr",)],
-    "se_residual_weights_kernel": [("bn_ptr",)],
+    "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr")],
+    "se_residual_fwd_kernel": [JOIN, (*JOIN, "bn_ptr"), (*JOIN, "state_ptr"), (*JOIN, "state_ptr", "bn_ptr")],
+    "se_residual_dgate_kernel": [("bn_ptr",), ("w1_ptr", "w2_ptr", "tickets_ptr", "shares_ptr")],
+    "se_residual_bwd_kernel": [
+        ("bn_ptr", "dbn_ptr"),
+        ("state_ptr", *DGATE),
+        ("state_ptr", *DGATE, "bn_ptr", "dbn_ptr", "shares_ptr"),
+    ],
     "residual_normal_fwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr")],
     "residual_normal_bwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr", "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), SUMS],
     "adamax_sizes_kernel": [("take_ptr",)],
@@ -84,6 +88,9 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),
     "shared_weights": dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
+    "se_residual_fwd": dict(num_warps=8),
+    "se_residual_gate": dict(BLOCK_W=128),
+    "se_residual_dgate": dict(BLOCK_W=128),
     "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32, RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
 }
 OTHERS = {  # than CONSTANTS say
@@ -180,7 +187,8 @@ def _joins(ptx: str) -> list[dict[str, bool]]:
         found.append({
             "stored": "bar.sync" in re.split(r"st\.global", before)[-1],
             "ordered": "atom.global.gpu.acq_rel.add" in text.split("\n")[0],
-            "fresh": "ld.global.cg" in text and not re.search(r"ld\.global(?!\.cg)", text),
+            "past": "ld.global.cg" in text,
+            "fresh": not re.search(r"ld\.global(?!\.cg)", text),
         })  # fmt: skip
         before = text
     return found

@@ -76,6 +76,18 @@ def test_any_strides_64_bit_offsets_and_reruns_give_the_same_bits(monkeypatch):
     assert dense["y0"].is_contiguous(memory_format=CL)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("shape", [(2, 33, 8, 8), (9, 66, 16, 8), (3, 20, 4, 4), (2, 7, 5, 3)], ids=str)
+def test_statistics_of_the_output(launches, shape, dtype):
+    """Taken with the sum where tiles divide an image: of one group of tasks, of several; else in a pass of their own."""
+    skip, x, *gate = se_tensors(*shape)
+    with launches() as names:
+        y, stats = F.se_residual(skip.to(dtype), x.to(dtype), *gate, return_stats=True, impl="triton")
+    check_stats(stats, y)
+    assert torch.equal(y, F.se_residual(skip.to(dtype), x.to(dtype), *gate, impl="triton"))
+    assert ("bn_act_stats_kernel" in names) == (shape[1] == 7)
+
+
 def test_nan_stays_in_its_image():
     args = se_tensors(3, 9, 4, 3)
     args[1][1, 4, 2, 1] = torch.nan
@@ -84,6 +96,16 @@ def test_nan_stays_in_its_image():
     args[2:] = [None] * 4
     y = F.se_residual(*args, impl="triton")
     assert y[1, 4, 2, 1].isnan() and y.isnan().sum() == 1
+
+
+def test_an_open_gate_keeps_the_digits_of_its_slope():
+    """1 - gate of a gate that is rounded has lost those that say how far from 1 it is."""
+    args = se_tensors(2, 33, 4, 5)
+    args[5] = args[5] + 10.0
+    exact, got = (
+        outcome(se, [t.to(d) for t in args], [], i)["d5"] for d, i in ((torch.float64, "reference"), (torch.float32, "triton"))
+    )
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_an_empty_batch():
