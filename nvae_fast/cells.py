@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as tf
@@ -66,12 +68,14 @@ class ActConv(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
                                      dilation, data_init=not bn)  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
+        """`stats`: mean and variance [2, C] of x where the op before has returned them."""
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
-            return F.conv2d(x, conv.effective_weight(), effective(conv, "bias"), norm=self.bn.norm, act=self.act,
+            norm = self.bn.norm._replace(stats=stats)
+            return F.conv2d(x, conv.effective_weight(), effective(conv, "bias"), norm=norm, act=self.act,
                             stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0])  # fmt: skip
-        x = tf.elu(x) if self.bn is None else self.bn(x)
+        x = tf.elu(x) if self.bn is None else self.bn(x, stats)
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
         return self.conv(x)
@@ -144,18 +148,21 @@ class Cell(nn.Module):
         )
         self.se = SqueezeExcite(out_channels) if use_se else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_stats: bool = False) -> Any:
+        """`stats`: mean and variance [2, C] of x where the op before has returned them; `return_stats`: return (out, stats of
+        out), the latter None where they do not come for nothing."""
         *first, last = self.ops
         y, bn = x, None
+        known = {} if stats is None else {"stats": stats}
         for op in first:
-            y = op(y)
+            y, known = op(y, **known), {}
         if isinstance(last, InvertedResidual):
-            y, bn = last.branch(y)  # its last normalisation is done where the branch joins the skip connection
+            y, bn = last.branch(y, **known)  # its last normalisation is done where the branch joins the skip connection
         else:
-            y = last(y)
+            y = last(y, **known)
         if self.se is not None:
-            return self.se.residual(self.skip(x), y, bn=bn)
-        return F.se_residual(self.skip(x), y, None, None, None, None, bn=bn)
+            return self.se.residual(self.skip(x), y, bn=bn, return_stats=return_stats)
+        return F.se_residual(self.skip(x), y, None, None, None, None, bn=bn, return_stats=return_stats)
 
 
 class EncoderCombiner(nn.Module):
@@ -181,3 +188,18 @@ class DecoderCombiner(nn.Module):
         return self.conv._conv_forward(h, of_h, effective(self.conv, "bias")) + self.conv._conv_forward(
             z.to(h.dtype), of_z, None
         )
+
+
+def run_cells(modules: Sequence[nn.Module], h: Tensor, combine: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
+    """Cells one after the other; combiners among them are called as combine(module, h). In training a cell hands on the
+    statistics of its output where the next one normalises it first: they come for nothing."""
+    stats = None
+    for module, behind in zip(modules, [*modules[1:], None], strict=True):
+        if not isinstance(module, Cell):
+            before, h = h, combine(module, h)
+            stats = stats if h is before else None
+        elif module.training and isinstance(behind, (Cell, EncoderCombiner)):
+            h, stats = module(h, stats, return_stats=True)
+        else:
+            h, stats = module(h, stats), None
+    return h

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
-from nvae_fast.cells import ARCHITECTURES, ActConv, Cell, DecoderCombiner, EncoderCombiner
+from nvae_fast.cells import ARCHITECTURES, ActConv, Cell, DecoderCombiner, EncoderCombiner, run_cells
 from nvae_fast.checkpoint.model_files import ModelFiles
 from nvae_fast.config import NVAEConfig
 from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
@@ -121,14 +122,13 @@ class NVAE(ModelFiles, nn.Module):
         """The deterministic features that each group's posterior sees, top-down: [B, width, h, w] per group."""
         self._check_images(x)
         h = self.stem(2.0 * reduce_bits(x, self.config.num_x_bits) - 1.0)
-        for cell in self.pre_process:
-            h = cell(h)
-        features = []
-        for module in self.enc_tower:
-            if isinstance(module, EncoderCombiner):
-                features.append(h)
-            else:
-                h = module(h)
+        features: list[Tensor] = []
+
+        def look(_: nn.Module, h: Tensor) -> Tensor:
+            features.append(h)
+            return h
+
+        h = run_cells([*self.pre_process, *self.enc_tower], h, look)
         return [self.enc0(h), *reversed(features)]
 
     def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None,
@@ -191,17 +191,17 @@ class NVAE(ModelFiles, nn.Module):
 
     def _top_down(self, draw, batch: int) -> Tensor:
         """Decoder and head; `draw(i, h)` supplies the latent of group i given the top-down state h (None for group 0)."""
+        groups = count()
+
+        def join(module: nn.Module, h: Tensor) -> Tensor:
+            i = next(groups)
+            return module(h, draw(i, h if i else None))
+
         if self.config.vanilla:
-            h = self.stem_decoder(draw(0, None))
+            h = run_cells(self.post_process, self.stem_decoder(draw(0, None)))
         else:
-            h, i = self.prior_ftr0.expand(batch, -1, -1, -1), 0
-            for module in self.dec_tower:
-                if isinstance(module, DecoderCombiner):
-                    h, i = module(h, draw(i, h if i else None)), i + 1
-                else:
-                    h = module(h)
-        for cell in self.post_process:
-            h = cell(h)
+            h = self.prior_ftr0.expand(batch, -1, -1, -1)
+            h = run_cells([*self.dec_tower, *self.post_process], h, join)
         return self.image_conditional(h)
 
     # ---- the objective ---------------------------------------------------------------------------------------------------

@@ -47,25 +47,26 @@ class InvertedResidual(nn.Module):
         self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
         self.bn_out = BatchNormAct2d(out_channels, act="identity", **bn)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x, defer=False)
+    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
+        return self.branch(x, stats, defer=False)
 
-    def branch(self, x: Tensor, *, defer: bool = True) -> Tensor | tuple[Tensor, Tensor | None]:
+    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True) -> Tensor | tuple[Tensor, Tensor | None]:
         """(t, bn): the output with its last normalisation still to be done by `functional.se_residual(bn=...)`,
-        or (y, None)."""
+        or (y, None). `stats`: mean and variance [2, C] of x where the op before has returned them."""
         if self.depthwise.groups != self.depthwise.in_channels:
-            y = self._grouped(x)
+            y = self._grouped(x, stats)
             return (y, None) if defer else y
         norms = [bn.norm for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
+        norms[0] = norms[0]._replace(stats=stats)
         return F.inverted_residual(
             x, *map(effective, (self.expand, self.depthwise, self.project)), norms, stride=self.depthwise.stride[0],
             upsample=2 if self.upsample else 1, memory=self.memory, defer=defer,
         )  # fmt: skip
 
-    def _grouped(self, x: Tensor) -> Tensor:
+    def _grouped(self, x: Tensor, stats: Tensor | None) -> Tensor:
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
-        x = self.bn_in(x)
+        x = self.bn_in(x, stats)
         for conv, bn in ((self.expand, self.bn_expand), (self.depthwise, self.bn_depthwise), (self.project, self.bn_out)):
             x = bn(conv._conv_forward(x, effective(conv), None))
         return x

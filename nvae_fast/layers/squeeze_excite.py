@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
@@ -19,9 +21,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.residual(x.new_zeros(()).expand_as(x), x, scale=1.0)
 
-    def residual(self, skip: Tensor, x: Tensor, *, scale: float = 0.1, bn: Tensor | None = None) -> Tensor:
-        """skip + scale * SE(x), in one op; `bn` is a normalisation of x that is still to be done (from
-        `InvertedResidual.branch`)."""
-        return F.se_residual(
-            skip, x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias, residual_scale=scale, bn=bn
-        )
+    def residual(self, skip: Tensor, x: Tensor, *, scale: float = 0.1, **options: Any) -> Any:
+        """skip + scale * SE(x), in one op; `options` are those of `functional.se_residual`."""
+        gate = self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
+        return F.se_residual(skip, x, *gate, residual_scale=scale, **options)

@@ -1,0 +1,77 @@
+"""Cells in a row hand on the statistics of their outputs: the same numbers, with one pass over each output less."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nvae_fast.cells import Cell, DecoderCombiner, EncoderCombiner, run_cells
+from nvae_fast.kernels import _impl
+
+needs_native = pytest.mark.skipif(_impl.load_native()[0] is None, reason="nvae_fast was installed without its native extension")
+OPS = {"residual": ["res_bnswish", "res_bnswish"], "branch": ["mconv_e3k5g0"], "grouped": ["mconv_e2k3g4"]}
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == self.name
+        return func(*args, **(kwargs or {}))
+
+
+def tower(ops: list[str]) -> list[nn.Module]:
+    """Of which the second and third cell, and the fourth behind a combiner that only looks, read what a cell wrote."""
+    torch.manual_seed(0)
+    modules = [Cell(8, 8, ops, stride=1, use_se=True) for _ in range(2)]
+    modules += [Cell(8, 16, ops, stride=2, use_se=True), EncoderCombiner(16, 16), Cell(16, 8, ops, stride=-1, use_se=False)]
+    modules += [DecoderCombiner(8, 3), Cell(8, 8, ops, stride=1, use_se=True)]
+    return list(nn.ModuleList(modules).to(memory_format=torch.channels_last))
+
+
+def run(modules: list[nn.Module], *, chained: bool) -> dict[str, Tensor]:
+    modules = copy.deepcopy(modules)
+    x, z = torch.randn(2, 2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    x, z = (t.contiguous(memory_format=torch.channels_last) for t in (x, z[:, :3]))
+    x.requires_grad_()
+
+    def combine(module: nn.Module, h: Tensor) -> Tensor:
+        return module(h, z) if isinstance(module, DecoderCombiner) else h
+
+    if chained:
+        h = run_cells(modules, x, combine)
+    else:
+        h = x
+        for module in modules:
+            h = module(h) if isinstance(module, Cell) else combine(module, h)
+    (h * torch.linspace(-1, 1, h.numel()).view_as(h)).sum().backward()
+    found = nn.ModuleList(modules)
+    grads = {name: p.grad for name, p in found.named_parameters() if p.grad is not None}
+    return {"y": h.detach(), "dx": x.grad} | grads | dict(found.named_buffers())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ops", OPS.values(), ids=list(OPS))
+def test_the_numbers_are_those_of_one_cell_after_the_other(ops, training):
+    modules = [m.train(training) for m in tower(ops)]
+    plain, got = (run(modules, chained=chained) for chained in (False, True))
+    assert plain.keys() == got.keys()
+    for name, t in plain.items():  # the gradient of a bias before a normalisation is 0 but for rounding
+        torch.testing.assert_close(got[name], t, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_native
+@pytest.mark.parametrize("ops", ["residual", "branch"])
+def test_a_cell_behind_a_cell_takes_no_statistics_of_what_it_reads(ops):
+    counts = []
+    for chained in (False, True):
+        with Calls("bn_act_stats") as calls:
+            run([m.train() for m in tower(OPS[ops])], chained=chained)
+        counts.append(calls.count)
+    assert counts[0] - counts[1] == 3
