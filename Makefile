@@ -25,7 +25,8 @@ help:
 	@echo "make demo      install, then train, evaluate and sample the demo preset on the bundled images into $(RUN)"
 	@echo "make test      install, then everything that CI runs: ruff and all tests"
 	@echo "make soak      install, then kill a small training run 50 times and compare it with one that was left alone"
-	@echo "make gpu COMMIT=id   on a machine with an NVIDIA GPU and nvcc: build, check and measure; no network, no git"
+	@echo "make gpu COMMIT=id   on a machine with an NVIDIA GPU and nvcc: build, check and measure; no network, no git;"
+	@echo "                     NVLABS=PATH measures a checkout of NVlabs/NVAE beside it"
 	@echo "make readme    the README's tables again, from the newest results that git knows in benchmarks/results"
 	@echo "make lint      ruff only"
 	@echo "make clean     remove build products; $(VENV) and runs/ stay"
@@ -43,7 +44,7 @@ demo: install
 	$(BIN)/nvae-fast bench --suite step --preset demo --rounds 7 --no-compile
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py --commit $(COMMIT) --out $(or $(OUT),benchmarks/results/gpu)
+	$(PYTHON) benchmarks/gpu.py --commit $(COMMIT) --out $(or $(OUT),benchmarks/results/gpu) $(if $(NVLABS),--nvlabs $(NVLABS))
 
 readme: install
 	$(BIN)/python -m nvae_fast.benchmarks.readme --write README.md

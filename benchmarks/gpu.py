@@ -20,22 +20,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CLI = [sys.executable, "-m", "nvae_fast.cli"]
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
-# name: (seconds it may take, in all under nine minutes; commands, run until one fails; {out} is the sections' folder)
 MEASURE = ["--device", "{device}", "--rounds", "{rounds}"]
 SANITIZE = [*CLI, "bench", "--suite", "check", "--case", "depthwise/3x20x7x5", "--device", "{device}"]
+
+
+def suite(name: str, file: str, *flags: str) -> list[list[str]]:
+    """The command that measures a suite into <out>/<file>.json."""
+    return [[*CLI, "bench", "--suite", name, *MEASURE, *flags, "--json", f"{{out}}/{file}.json"]]
+
+
+# A published model shortened, so that a float64 truth and every contender take seconds.
+SHORT = ["--preset", "cifar10", "--layers", "4", "--no-compile"]
+# name: (seconds it may take, in all nine minutes at most; commands, run until one fails; {out} is the sections' folder, and
+# {nvlabs} stands for --nvlabs PATH, or nothing)
 SECTIONS: dict[str, tuple[int, list[list[str]]]] = {
-    "build": (150, [PIP]),
-    "environment": (30, [["nvidia-smi"], [sys.executable, "-m", "nvae_fast.env"]]),
+    "build": (120, [PIP]),
+    "environment": (15, [["nvidia-smi"], [sys.executable, "-m", "nvae_fast.env"]]),
     "check": (60, [[*CLI, "bench", "--suite", "check", "--device", "{device}", "--json", "{out}/check.json"]]),
-    "memcheck": (45, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *SANITIZE]]),
-    "racecheck": (45, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "racecheck", *SANITIZE]]),
-    "ops": (100, [[*CLI, "bench", "--suite", "ops", *MEASURE, "--json", "{out}/ops.json"]]),
-    "cell": (70, [[*CLI, "bench", "--suite", "cell", *MEASURE, "--json", "{out}/cell.json"]]),
-    "step": (40, [[*CLI, "bench", "--suite", "step", "--no-compile", *MEASURE, "--json", "{out}/step.json"]]),
+    "memcheck": (30, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *SANITIZE]]),
+    "racecheck": (30, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "racecheck", *SANITIZE]]),
+    "ops": (75, suite("ops", "ops")),
+    "cell": (50, suite("cell", "cell")),
+    "step": (35, suite("step", "step", "--no-compile", "{nvlabs}")),
+    "step_bf16": (45, suite("step", "step_bf16", *SHORT, "--batch-size", "32", "--precision", "bf16", "{nvlabs}")),
+    "sampling": (30, suite("sampling", "sampling", *SHORT, "--batch-size", "16", "{nvlabs}")),
+    "memory": (30, suite("memory", "memory", *SHORT, "--batch-size", "16", "{nvlabs}")),
+    "optimizer": (20, suite("optimizer", "optimizer")),
 }  # fmt: skip
 
 
-def run_section(name: str, out: Path, **values: object) -> dict[str, object]:
+def run_section(name: str, out: Path, *, nvlabs: Path | None = None, **values: object) -> dict[str, object]:
     """Its commands, their output in <out>/<name>.log; whether they succeeded, why not, and the seconds they took."""
     limit, commands = SECTIONS[name]
     environment = os.environ | {
@@ -45,7 +59,9 @@ def run_section(name: str, out: Path, **values: object) -> dict[str, object]:
     start, why = time.monotonic(), None
     with open(out / f"{name}.log", "wb") as log:
         for command in commands:
-            words = [word.format(out=out, **values) for word in command]
+            checkout = ["--nvlabs", str(nvlabs.resolve())] if nvlabs else []
+            words = [w for word in command
+                     for w in (checkout if word == "{nvlabs}" else [word.format(out=out, **values)])]  # fmt: skip
             if shutil.which(words[0]) is None:
                 why = f"'{words[0]}' is not installed"
                 break
@@ -87,7 +103,7 @@ def table(document: dict) -> str:
     wrong = [r for r in checks if not (r["check"]["ok"] and r["same_bits"])]
     lines += ["", f"{len(checks)} checks against float64, {len(wrong)} failed.", ""]
     lines += [f"- {r['case']} {r['layout']} {r['impl']} {r['phase']}: {r['check']}" for r in wrong]
-    timed = [r for r in document["rows"] if r["suite"] != "check"]
+    timed = [r for r in document["rows"] if r["suite"] not in ("check", "memory")]
     if timed:
         lines += [
             "",
@@ -96,16 +112,33 @@ def table(document: dict) -> str:
         ]
     for row in timed:
         ours = next(r for r in timed if (r["case"], r["phase"]) == (row["case"], row["phase"]))
-        right = ours["check"]["ok"] and row["check"]["ok"]
         cells = [
             row["case"], row["phase"], row["impl"], f"{row['median_ms']:.4g}",
             "" if row["copy_share"] is None else f"{row['copy_share']:.0%}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
             "" if row["launches"] is None else str(row["launches"]),
-            f"{row['median_ms'] / ours['median_ms']:.2f}" if right else "numbers not ok",
+            ratio(row, ours, "median_ms"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    held = [r for r in document["rows"] if r["suite"] == "memory"]
+    if held:
+        lines += ["", "| case | batch | implementation | MiB | largest batch | times ours:balanced |", "|" + "---|" * 6]
+    for row in held:
+        same = [r for r in held if (r["case"], r["shape"]) == (row["case"], row["shape"])]
+        ours = next(r for r in same if r["impl"] == "ours:balanced")
+        cells = [
+            row["case"], str(row["shape"][0]), row["impl"], f"{row['peak_bytes'] / 2**20:.1f}",
+            f"{row['largest_batch']} in {row['budget_bytes'] / 2**30:.0f} GiB{', traced' if row['traced'] else ''}",
+            ratio(row, ours, "peak_bytes"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def ratio(row: dict, ours: dict, key: str) -> str:
+    """How many times ours; words where the numbers of either are wrong. Traced rows have none."""
+    right = all(r["check"] is None or r["check"]["ok"] for r in (row, ours))
+    return f"{row[key] / ours[key]:.2f}" if right else "numbers not ok"
 
 
 def main() -> int:
@@ -115,6 +148,7 @@ def main() -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, by comma [all]")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses [cuda]")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--nvlabs", type=Path, metavar="PATH", help="a checkout of NVlabs/NVAE, to be measured beside ours")
     args = parser.parse_args()
     names = args.sections.split(",")
     if unknown := set(names) - set(SECTIONS):
@@ -127,7 +161,7 @@ def main() -> int:
         if states.get(name, {}).get("ok"):
             print(f"{name:12s} done before", flush=True)
             continue
-        states[name] = run_section(name, work, device=args.device, rounds=args.rounds)
+        states[name] = run_section(name, work, nvlabs=args.nvlabs, device=args.device, rounds=args.rounds)
         done.write_text(json.dumps(states))
         print(f"{name:12s} {'done' if states[name]['ok'] else states[name]['why']} ({states[name]['seconds']} s)", flush=True)
     document = collect(work, states, args.commit)

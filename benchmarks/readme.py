@@ -33,7 +33,13 @@ LABELS = {
     "adamax": "Adamax, {count} tensors",
 }
 RIVALS = {"eager_channels_last": "channels-last eager", "eager": "NCHW eager", "compile": "torch.compile"}
-OTHERS = {"eager_loop": "loop over matrices", "adam_fused": "torch's fused Adam", "nvlabs": "NVlabs/NVAE"}
+OTHERS = {
+    "eager_loop": "loop over matrices",
+    "adam_fused": "torch's fused Adam",
+    "nvlabs": "NVlabs/NVAE",
+    "ours:graph": "ours as one graph",
+    "eager_graph": "eager as one graph",
+}
 
 
 def block(documents: Sequence[Document]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae_fast.benchmarks.plain import plain
-from nvae_fast.benchmarks.timing import interleaved, peak_bytes
+from nvae_fast.benchmarks.timing import interleaved, launches, peak_bytes
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import InputError
 from nvae_fast.kernels._impl import use_impl
@@ -156,7 +156,7 @@ def check(
 
 def check_all(steps: dict[str, Step], exact: Step) -> dict[str, dict[str, Any]]:
     """`check` of every contender, the yardstick being the eager one that is further off, in the contender's type."""
-    eager = {name: step for name, step in steps.items() if name.startswith("eager")}
+    eager = {name: step for name, step in steps.items() if name in FORMATS and step.impl == "reference"}
     one = eager["eager"]
     others = {s.dtype: s for s in steps.values() if s.dtype != one.dtype}
     for dtype in others:
@@ -200,13 +200,18 @@ def measure_step(
     ours = steps["ours:auto"]
     rivals = {"compile": compiled(ours, say) if compile_too else None,
               "nvlabs": checkout.step(ours, dtype, say) if checkout else None}  # fmt: skip
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        rivals |= recorded(steps, say)
     steps |= {name: step for name, step in rivals.items() if step is not None}
     checks = check_all(steps, exact)
-    peaks = {}
+    peaks, counts = {}, {}
     for name, step in steps.items():
         step()  # the optimiser's state is there from now on
         step.optimizer.zero_grad(set_to_none=True)
-        peaks[name] = None if name == "compile" and device.type == "cpu" else peak_bytes(step, device)
+        hidden = name.endswith("graph") or (name == "compile" and not on_gpu)  # their memory was taken before, or elsewhere
+        peaks[name] = None if hidden else peak_bytes(step, device)
+        counts[name] = launches(step) if on_gpu else None
     times = interleaved(dict(steps), rounds=rounds, budget_s=SECONDS)
     shape = [config.training.batch_size, config.channels, *config.image_size]
     return [
@@ -214,10 +219,23 @@ def measure_step(
             "suite": "step", "case": case_name(config, dtype), "op": "train_step", "shape": shape,
             "dtype": dtype_name(step.dtype), "layout": layout_name(name), "impl": name, "phase": "step",
             **times[name]._asdict(), "images_per_s": shape[0] / times[name].median_ms * 1e3, "peak_bytes": peaks[name],
-            "bytes": None, "copy_share": None, "launches": None, "check": checks[name],
+            "bytes": None, "copy_share": None, "launches": counts[name], "check": checks[name],
         }
         for name, step in steps.items()
     ]  # fmt: skip
+
+
+def recorded(steps: dict[str, Step], say: Callable[[str], None]) -> dict[str, Step]:
+    """Ours and the plain model's step as CUDA graphs, by name; a line for one that cannot be recorded."""
+    from nvae_fast.benchmarks.graphs import Recorded
+
+    found: dict[str, Step] = {}
+    for name, of in (("ours:graph", "ours:auto"), ("eager_graph", "eager_channels_last")):
+        try:
+            found[name] = Recorded(steps[of])
+        except Exception as error:  # of whatever refuses to be recorded
+            say(f"  no row for {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return found
 
 
 def case_name(config: NVAEConfig, dtype: torch.dtype) -> str:

@@ -53,6 +53,11 @@ class CallGraph:
         self._graph.replay()
         return {name: t.clone() for name, t in self._found.items()}
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next call of its kind is a replay."""
+        return self._graph is not None and self.valid()
+
     # ---- what a subclass with arguments that change from replay to replay says about them
 
     def kind(self, *args: Any) -> Hashable:

@@ -91,6 +91,11 @@ class TrainingStep:
             group["lr"] = rate
         return terms
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the next step is a replay of a CUDA graph."""
+        return self._graph is not None and self._graph.ready
+
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs to go on: the counts of skipped steps and, in fp16, the loss scale and its age."""
         state = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}

@@ -73,5 +73,45 @@ def test_no_ratio_beside_wrong_numbers(gpu):
     assert "| eager | 2 | 50% |  | 3 | 2.00 |" in text and "| compile | 4 | 50% |  | 3 | numbers not ok |" in text
 
 
+def test_the_table_of_memory(gpu):
+    row = {"suite": "memory", "case": "memory/c", "phase": "step", "traced": False, "budget_bytes": 2**30, "largest_batch": 5,
+           "median_ms": None}  # fmt: skip
+    rows = [row | {"impl": impl, "shape": [n, 3, 8, 8], "peak_bytes": size * n * 2**20, "check": check}
+            for n in (2, 4) for impl, size, check in (("ours:fast", 6, {"ok": True}), ("ours:balanced", 4, {"ok": True}),
+                                                      ("eager", 12, {"ok": True}), ("nvlabs", 13, {"ok": False}))]  # fmt: skip
+    text = gpu.table({"commit": "abc", "sections": [], "rows": rows})
+    assert "| memory/c | 4 | eager | 48.0 | 5 in 1 GiB | 3.00 |" in text and "| memory/c | 2 | ours:fast | 12.0 |" in text
+    assert text.count("numbers not ok |") == 2
+    traced = [r | {"check": None, "traced": True} for r in rows]
+    assert "| 5 in 1 GiB, traced | 3.25 |" in gpu.table({"commit": "abc", "sections": [], "rows": traced})
+
+
+def test_every_suite_has_a_section_whose_command_is_understood(gpu):
+    from nvae_fast.benchmarks.cases import SUITES
+    from nvae_fast.cli import bench
+    from nvae_fast.cli.flags import Parser, underscored
+
+    parser, seen = Parser(), set()
+    bench.add_flags(parser)
+    for name, (_, commands) in gpu.SECTIONS.items():
+        for command in commands:
+            if "bench" in command:
+                words = command[command.index("bench") + 1 :]
+                words = [w.format(out="o", device="cpu", rounds=3) for w in words if w != "{nvlabs}"]
+                args = parser.parse_args(underscored(["bench", *words])[1:])
+                bench.configuration(args)
+                seen.add(args.suite)
+                assert args.json in (f"o/{name}.json", None)
+    assert seen == set(SUITES)
+
+
+def test_the_checkout_is_measured_where_one_is_given(gpu, tmp_path, monkeypatch):
+    show = [sys.executable, "-c", "import sys; print(sys.argv[1:])", "before", "{nvlabs}", "after"]
+    monkeypatch.setattr(gpu, "SECTIONS", {"show": (30, [show])})
+    for given, words in ((None, "['before', 'after']"), (tmp_path, f"['before', '--nvlabs', '{tmp_path}', 'after']")):
+        assert gpu.run_section("show", tmp_path, nvlabs=given, device="cpu", rounds=3)["ok"]
+        assert (tmp_path / "show.log").read_text().strip() == words
+
+
 def test_the_sections_fit_into_nine_minutes(gpu):
     assert sum(limit for limit, _ in gpu.SECTIONS.values()) <= 9 * 60
