@@ -20,7 +20,6 @@ TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
   m.impl("bn_act_stats", TORCH_FN(nvae::bn_act::stats_cpu));
   m.impl("bn_act_coefficients", TORCH_FN(nvae::bn_act::coefficients_cpu));
   m.impl("bn_act_gradients", TORCH_FN(nvae::bn_act::gradients_cpu));
-  m.impl("bn_act_move", TORCH_FN(nvae::bn_act::move_cpu));
   m.impl("bn_act_fwd", TORCH_FN(nvae::bn_act::forward_cpu));
   m.impl("bn_act_sums", TORCH_FN(nvae::bn_act::sums_cpu));
   m.impl("bn_act_bwd", TORCH_FN(nvae::bn_act::backward_cpu));

@@ -20,6 +20,7 @@ from nvae_fast.kernels._tile import load_rows, store_row
 MANY = 128  # tasks, above which they are joined in 32 groups first: a program adds 32 tasks at a time, one after the other
 GROUPS = tl.constexpr(32)  # at most
 BLOCK_T = tl.constexpr(16)  # tasks that a program reads at a time
+COLUMNS = tl.constexpr(128)  # that a program of `join_columns` has
 
 
 @triton.jit
@@ -113,18 +114,28 @@ def joined_stats(parts_ptr, tickets_ptr, task, block, c, M, C, CHUNK, TASKS, GRO
             done = arrive(tickets, groups)
             if done:
                 above = parts_ptr + 2 * TASKS * C
-                mean, spread = add_stats(above, groups * 0, groups, c, M, C, CHUNK.to(tl.int64) * GROUP)
+                mean, spread = add_stats(above, groups * 0, groups, c, M, C, tl.cast(CHUNK, tl.int64) * GROUP)
     var = spread / M
     return done, mean, tl.where(var < 0, 0.0, var)  # NaN stays
+
+
+@triton.jit
+def join_columns(parts_ptr, out_ptr, i, TASKS, WIDTH):
+    """out [WIDTH], the sum of parts [TASKS, WIDTH] that an earlier launch has left: its i-th COLUMNS values"""
+    c = i * COLUMNS + tl.arange(0, COLUMNS)
+    store_row(out_ptr, 0, c, WIDTH, add_parts(parts_ptr, 0, TASKS, c, WIDTH, WIDTH))
 
 
 class Join(NamedTuple):
     """What the launcher of a kernel with `joined_sums` or `joined_stats` passes on."""
 
-    parts: Tensor  # [TASKS + groups, 2, C]
-    tickets: Tensor
+    parts: Tensor | None  # [TASKS + groups, 2, C]
+    tickets: Tensor | None
     TASKS: int
     GROUP: int
+
+
+NO_JOIN = Join(None, None, 0, 0)
 
 
 def join(like: Tensor, tasks: int, channels: int, blocks: int) -> Join:
@@ -133,34 +144,6 @@ def join(like: Tensor, tasks: int, channels: int, blocks: int) -> Join:
     rows = tasks + (triton.cdiv(tasks, group) if group < tasks else 0)
     parts = like.new_empty(rows, 2, channels, dtype=torch.float32)
     return Join(parts, _triton.tickets(like.device, blocks * (1 + GROUPS.value)), tasks, group)
-
-
-@triton.jit
-def join_stats_kernel(parts_ptr, out_ptr, M, C, CHUNK, TASKS, GROUP, VAR: tl.constexpr, BLOCK_T: tl.constexpr,
-                      BLOCK_C: tl.constexpr):  # fmt: skip
-    """out [groups, 2, C], mean and sum of squares about it (with VAR: biased variance) of GROUP tasks each, from those of parts
-    [tasks, 2, C] (Chan et al. 1983)."""
-    group, c = tl.program_id(1), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, last = group * GROUP, tl.minimum(group * GROUP + GROUP, TASKS)
-    count = tl.minimum(M, last.to(tl.int64) * CHUNK) - first.to(tl.int64) * CHUNK
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(first, last, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
-        total += load_rows(parts_ptr, 2 * t, c, 2 * last, C) * rows[:, None]
-    mean = tl.sum(total, 0) / count
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(first, last, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        rows = tl.minimum(M - t.to(tl.int64) * CHUNK, CHUNK).to(tl.float64)
-        d = load_rows(parts_ptr, 2 * t, c, 2 * last, C) - mean[None, :]
-        spread = load_rows(parts_ptr, 2 * t + 1, c, 2 * last, C) + d * d * rows[:, None]
-        total += tl.where((t < last)[:, None], spread, 0.0)
-    spread = tl.sum(total, 0)
-    if VAR:
-        spread = spread / count
-    store_row(out_ptr, 2 * group, c, C, mean)
-    store_row(out_ptr, 2 * group + 1, c, C, tl.where(spread < 0, 0.0, spread))  # NaN stays
 
 
 @triton.jit
@@ -188,20 +171,3 @@ def join_sums(parts: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | N
         parts = join(parts, group, torch.empty_like(parts[: triton.cdiv(len(parts), group)]))
     out = parts.new_empty(parts.shape[1:], dtype=dtype) if out is None else out
     return join(parts, len(parts), out[None])[0]
-
-
-def join_stats(parts: Tensor, rows: int, chunk: int) -> Tensor:
-    """Mean and biased variance [2, C] of `rows` values from parts [tasks, 2, C]: the mean of each task's `chunk` values (the
-    last may have fewer) and their sum of squares about it."""
-
-    def join(parts: Tensor, chunk: int, group: int, var: bool) -> Tensor:
-        tasks, _, channels = parts.shape
-        out = parts.new_empty(triton.cdiv(tasks, group), 2, channels)
-        grid = (triton.cdiv(channels, 32), len(out))
-        join_stats_kernel[grid](parts, out, rows, channels, chunk, tasks, group, VAR=var, BLOCK_T=32, BLOCK_C=32)
-        return out
-
-    if len(parts) > MANY:
-        group = triton.cdiv(len(parts), 32)
-        parts, chunk = join(parts, chunk, group, False), chunk * group
-    return join(parts, chunk, len(parts), True)[0]

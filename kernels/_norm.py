@@ -43,12 +43,27 @@ class Norm(NamedTuple):
         return self.process_group if joined else None
 
 
+class Parts(NamedTuple):
+    """The tensors of a Norm as an autograd function takes them: weight, bias and stats in float32 (stats [2, C] stand fixed, as
+    in evaluation, or were taken already; None where they are to be taken), then what a batch moves (None: nothing)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    stats: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+
+
 class NormConfig(NamedTuple):
-    """What an autograd function needs of a Norm beside its tensors."""
+    """What an autograd function needs of a Norm beside its tensors. Where the normalised image has every pixel of x `copies`
+    times, the running variance moves by the unbiased variance of so many values."""
 
     eps: float
+    momentum: float | None
     uses_batch: bool
     group: dist.ProcessGroup | None
+    copies: int
 
 
 def check_beside(x: Tensor, *, beside: str = "x", **tensors: Tensor | None) -> None:
@@ -100,24 +115,23 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == kept else t.to(torch.get_autocast_dtype(kind)) for t in (x, *others))
 
 
-def tensors(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(weight, bias, stats) in float32: the tensor arguments of an autograd function. stats [2, C] are those that stand fixed
-    (evaluation) or were taken already, None where they are to be taken."""
+def tensors(norm: Norm) -> Parts:
     weight, bias, stats = (None if t is None else t.float() for t in (norm.weight, norm.bias, norm.stats))
     if not norm.uses_batch:
         stats = torch.stack((norm.running_mean.float(), norm.running_var.float()))
-    return weight, bias, stats
+    moves = norm.training and norm.running_mean is not None
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if moves else (None, None, None)
+    return Parts(weight, bias, stats, *running)
 
 
-def config(norm: Norm) -> NormConfig:
-    return NormConfig(norm.eps, norm.uses_batch, norm.group)
+def config(norm: Norm, copies: int = 1) -> NormConfig:
+    return NormConfig(norm.eps, norm.momentum, norm.uses_batch, norm.group, copies)
 
 
-def coefficients(
-    x: Tensor, stats: Tensor | None, weight: Tensor | None, bias: Tensor | None, c: NormConfig
-) -> tuple[Tensor, float]:
-    """(bn [5, C] = mean, var, 1/sigma, scale, shift; the number of values a gradient is averaged over) of the input x."""
-    raw = torch.ops.nvae_fast
+def coefficients(x: Tensor, p: Parts, c: NormConfig) -> tuple[Tensor, float]:
+    """(bn [5, C] = mean, var, 1/sigma, scale, shift; the number of values a gradient is averaged over) of the input x, with the
+    running statistics moved."""
+    raw, stats = torch.ops.nvae_fast, p.stats
     count = float(x.numel() // max(x.shape[1], 1))
     if stats is None:
         stats = raw.bn_act_stats(x)
@@ -125,35 +139,20 @@ def coefficients(
         count = float("inf")  # fixed statistics: nothing of the gradient goes through them
     elif c.group is not None:
         stats, count = _join(stats, count, c.group)
-    return raw.bn_act_coefficients(stats, weight, bias, c.eps), count
+    running = p.running_mean, p.running_var, p.batches
+    return raw.bn_act_coefficients(stats, p.weight, p.bias, c.eps, *running, c.momentum, count * c.copies), count
 
 
-def gradients(sums: Tensor, bn: Tensor, count: float, c: NormConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """(c [3, C], dweight, dbias): dx = c0 du + c1 x + c2, from sums [2, C] = sum(du), sum(du (x - mean))."""
-    coef, dweight, dbias = torch.ops.nvae_fast.bn_act_gradients(sums, bn, count)
+def gradients(table: Tensor, bn: Tensor, count: float, c: NormConfig, applied: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(c [3, C], dweight, dbias): dx = c0 du + c1 x + c2, from a table of gradients [6, C]; `applied`: du holds the scale."""
+    coef = table[3:]
     if c.group is not None:  # dx wants the sums of all processes; dweight and dbias stay this one's, as in SyncBatchNorm
-        total = sums.clone()
+        total = table[:2].clone()
         dist.all_reduce(total, group=c.group)
-        coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[0]
-    return coef, dweight, dbias
-
-
-def move_running(norms: Sequence[Norm], found: Sequence[Tensor], values: Sequence[int]) -> None:
-    """Moves the running statistics of each norm, once, by found [>= 2, C] = mean, var of a batch with that many values."""
-    moving = [(n, *rest) for n, *rest in zip(norms, found, values, strict=True) if n.training and n.running_mean is not None]
-    counters = [norm.num_batches_tracked for norm, *_ in moving if norm.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    for norm, bn, count in moving:
-        rate = norm.momentum
-        if rate is None:
-            rate = 1.0 / float(norm.num_batches_tracked)
-        if norm.group is not None:
-            total = torch.tensor(float(count), dtype=torch.float64, device=bn.device)
-            dist.all_reduce(total, group=norm.group)
-            count = float(total)
-        if count > 0:  # an empty batch counts and says nothing, as in nn.BatchNorm2d
-            torch.ops.nvae_fast.bn_act_move(norm.running_mean, norm.running_var, bn.detach(), rate, count)
+        coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[3:]
+        if applied:
+            coef[0].fill_(1.0)
+    return coef, table[2], table[0]
 
 
 def _join(stats: Tensor, count: float, group: dist.ProcessGroup) -> tuple[Tensor, float]:

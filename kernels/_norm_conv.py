@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _norm
 from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels.depthwise_conv import ops as depthwise_ops
 
 
 def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, stats: bool) -> tuple[Tensor, ...]:
@@ -19,17 +20,19 @@ def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, si
     return raw.pointwise_conv_fwd(x, bn, act, weight, stats, False)[:2]
 
 
-def _backward(op: str, dy: Tensor, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple) -> tuple[Tensor, ...]:
-    raw = torch.ops.nvae_fast
+def _backward(
+    op: str, dy: Tensor, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, count: float
+) -> tuple[Tensor, ...]:
+    """(du, the weight's gradient, the table of gradients [6, C_in] or [0, C_in])"""
     if op != "pointwise_conv":
-        return getattr(raw, f"{op}_bwd")(dy, None, None, x, bn, act, weight, *sizes)
-    return raw.pointwise_conv_bwd(dy, None, None, x, bn, act, weight)
+        return depthwise_ops.backward(op, dy, None, None, x, bn, act, weight, sizes, count)
+    return torch.ops.nvae_fast.pointwise_conv_bwd(dy, None, None, x, bn, act, weight, count)
 
 
 class NormConv(torch.autograd.Function):
-    """Returns (conv(act(norm(x))), its statistics [2, C_out] or [0, C_out], bn [5, C_in] or [0, C_in]) and keeps x and bn.
+    """Returns (conv(act(norm(x))), its statistics [2, C_out] or [0, C_out]), keeps x and bn, and moves the running statistics.
 
-    Without a norm (config None) it is the convolution alone. The two tables are data and carry no gradient.
+    Without a norm (config None) it is the convolution alone. The statistics are data and carry no gradient.
     """
 
     @staticmethod
@@ -37,52 +40,47 @@ class NormConv(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        found: Tensor | None,
         op: str,
         config: _norm.NormConfig | None,
         act: int,
         sizes: tuple,
         stats: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *parts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         bn, count = None, 0.0
         if config is not None:
-            bn, count = _norm.coefficients(x, found, gamma, beta, config)
+            bn, count = _norm.coefficients(x, _norm.Parts(*parts), config)
         y, y_stats = _forward(op, x, bn, act, weight, sizes, stats)
         ctx.save_for_backward(x, weight, bn)
         ctx.settings = op, config, act, sizes, count
-        bn = x.new_empty(0, x.shape[1], dtype=torch.float32) if bn is None else bn
-        ctx.mark_non_differentiable(y_stats, bn)
+        ctx.mark_non_differentiable(y_stats)
         ctx.set_materialize_grads(False)
-        return y, y_stats, bn
+        return y, y_stats
 
     @staticmethod
     @first_order("a fused convolution")
     def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bn = ctx.saved_tensors
         op, config, act, sizes, count = ctx.settings
-        du, dweight, sums = _backward(op, dy, x, bn, act, weight, sizes)
-        dgamma = dbeta = None
-        if config is not None:
-            c, dgamma, dbeta = _norm.gradients(sums, bn, count, config)
-            torch.ops.nvae_fast.bn_act_affine_(du, x, c)
-        wanted = ctx.needs_input_grad
-        return (du, dweight, dgamma if wanted[2] else None, dbeta if wanted[3] else None, *(None for _ in range(6)))
+        du, dweight, table = _backward(op, dy, x, bn, act, weight, sizes, count)
+        settings = (None,) * 5
+        if config is None:
+            return du, dweight, *settings
+        c, dgamma, dbeta = _norm.gradients(table, bn, count, config)
+        torch.ops.nvae_fast.bn_act_affine_(du, x, c)
+        wanted = ctx.needs_input_grad[7:]
+        return du, dweight, *settings, dgamma if wanted[0] else None, dbeta if wanted[1] else None, *(None for _ in range(4))
 
 
 def norm_conv(
     op: str, x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, sizes: tuple, stats: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, stats of y), with the running statistics of the norm moved."""
-    parts, config = (None, None, None), None
+    parts: tuple = ()
+    config = None
     if norm is not None:
-        parts, config = _norm.tensors(norm), _norm.config(norm)
-    code = _norm.ACTIVATIONS.index(act)
-    y, y_stats, bn = NormConv.apply(x, weight, *parts, op, config, code, sizes, stats)
-    if norm is not None:
-        _norm.move_running([norm], [bn], [x.numel() // max(x.shape[1], 1) * (sizes[2] ** 2 if sizes else 1)])
-    return y, y_stats
+        parts, config = _norm.tensors(norm), _norm.config(norm, copies=sizes[2] ** 2 if sizes else 1)
+    return NormConv.apply(x, weight, op, config, _norm.ACTIVATIONS.index(act), sizes, stats, *parts)
 
 
 def check(x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, copies: int = 1) -> tuple[Tensor, ...]:

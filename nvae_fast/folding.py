@@ -179,10 +179,10 @@ def _copy(module: nn.Module) -> Any:
 
 
 def _fold_norm(new: _Norm, bn: BatchNormAct2d) -> None:
-    weight, bias, stats = _norm.tensors(bn.norm)
+    parts = _norm.tensors(bn.norm)
     new._buffers["table"] = None
-    if stats is not None and _impl.resolve_impl("bn_act", "auto", stats) != "reference":
-        new._buffers["table"] = _norm.coefficients(stats[None, :, :, None], stats, weight, bias, _norm.config(bn.norm))[0]
+    if parts.stats is not None and _impl.resolve_impl("bn_act", "auto", parts.stats) != "reference":
+        new._buffers["table"] = _norm.coefficients(parts.stats[None, :, :, None], parts, _norm.config(bn.norm))[0]
 
 
 def _fold_weights(new: nn.Conv2d, conv: nn.Conv2d) -> None:

@@ -3,6 +3,7 @@
 
 #include <ATen/Dispatch_v2.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/cpu_op.h"
@@ -38,11 +39,19 @@ Tensor stats_cpu(const Tensor& x_any) {
   return out;
 }
 
-Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any, double eps) {
+Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any, double eps,
+                        const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& batches,
+                        std::optional<double> rate, double count) {
   TORCH_CHECK(stats_any.dim() == 2, kOp, ": statistics of shape ", stats_any.sizes(), "; expected [2, C]");
   const int64_t c = stats_any.size(1);
   const Tensor stats = floats(kOp, "statistics", stats_any, {2, c});
   const OptionalTensor weight = floats(kOp, "weight", weight_any, {c}), bias = floats(kOp, "bias", bias_any, {c});
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value(), kOp, ": expected both running_mean and running_var, or neither");
+  TORCH_CHECK(rate || batches || !running_mean, kOp, ": an average over all batches needs their number");
+  for (const OptionalTensor* running : {&running_mean, &running_var})
+    TORCH_CHECK(!*running || (*running)->sizes() == at::IntArrayRef{c}, kOp, ": running statistics have shape ", (*running)->sizes(),
+                "; expected [", c, "]");
+  TORCH_CHECK(!batches || batches->numel() == 1, kOp, ": the number of batches has shape ", batches->sizes(), "; expected a scalar");
   const Tensor out = at::empty({kCoefficients, c}, stats.options());
   const float *in = pointer(stats), *w = pointer(weight), *b = pointer(bias);
   float* o = out.data_ptr<float>();
@@ -54,45 +63,48 @@ Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_an
     o[kScale * c + i] = static_cast<float>(scale);
     o[kShift * c + i] = static_cast<float>((b ? b[i] : 0.0) - mean * scale);
   }
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> gradients_cpu(const Tensor& sums_any, const Tensor& bn_any, double count) {
-  TORCH_CHECK(sums_any.dim() == 2, kOp, ": sums of shape ", sums_any.sizes(), "; expected [2, C]");
-  const int64_t c = sums_any.size(1);
-  const Tensor sums = floats(kOp, "sums", sums_any, {2, c}), bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c});
-  const Tensor coef = at::empty({3, c}, sums.options()), dweight = at::empty({c}, sums.options()), dbias = at::empty({c}, sums.options());
-  const float *s = pointer(sums), *p = pointer(bn);
-  float *o = coef.data_ptr<float>(), *dw = dweight.data_ptr<float>(), *db = dbias.data_ptr<float>();
-  for (int64_t i = 0; i < c; i++) {
-    const double mean = p[kMean * c + i], rstd = p[kRstd * c + i], scale = p[kScale * c + i], total = s[i], moment = s[c + i] * rstd;
-    // fixed statistics have an infinite count: zeros, also where a sum is NaN, which then stays in its element
-    const double share = 1.0 / count, c1 = share > 0 ? -scale * rstd * moment * share : 0.0;
-    o[i] = p[kScale * c + i];
-    o[c + i] = static_cast<float>(c1);
-    o[2 * c + i] = share > 0 ? static_cast<float>(-scale * total * share - c1 * mean) : 0.0f;
-    dw[i] = static_cast<float>(moment);
-    db[i] = s[i];
-  }
-  return {coef, dweight, dbias};
-}
-
-void move_cpu(Tensor& running_mean, Tensor& running_var, const Tensor& bn_any, double rate, double count) {
-  const int64_t c = running_mean.numel();
-  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c});
-  TORCH_CHECK(running_var.numel() == c, kOp, ": running_var has shape ", running_var.sizes(), "; expected ", running_mean.sizes());
-  const float* from = pointer(bn);
-  const auto move = [&](Tensor& running, const float* found, double factor) {
-    AT_DISPATCH_V2(running.scalar_type(), "bn_act_move", AT_WRAP([&] {
+  if (batches) batches->add_(1);
+  if (!running_mean || !(count > 0)) return out;  // an empty batch counts and says nothing
+  const double part = rate ? *rate : 1.0 / batches->item<double>();
+  const auto move = [&](const Tensor& running, const float* found, double factor) {
+    AT_DISPATCH_V2(running.scalar_type(), "bn_act_coefficients", AT_WRAP([&] {
                      scalar_t* p = running.data_ptr<scalar_t>();
                      const int64_t step = running.stride(0);
                      for (int64_t i = 0; i < c; i++)
-                       p[i * step] = static_cast<scalar_t>((1.0 - rate) * static_cast<double>(p[i * step]) + rate * factor * found[i]);
+                       p[i * step] = static_cast<scalar_t>((1.0 - part) * static_cast<double>(p[i * step]) + part * factor * found[i]);
                    }),
                    AT_EXPAND(AT_FLOATING_TYPES), at::kBFloat16, at::kHalf);
   };
-  move(running_mean, from + kMean * c, 1.0);
-  move(running_var, from + kVar * c, count / std::max(count - 1.0, 1.0));
+  move(*running_mean, in, 1.0);
+  move(*running_var, in + c, count / std::max(count - 1.0, 1.0));
+  return out;
+}
+
+void finish_gradients(const float* p, int64_t c, double count, bool applied, float* o) {
+  // fixed statistics: zeros, also where a sum is NaN, which then stays in its element
+  const double share = count > 0 ? 1.0 / count : 0.0;
+  for (int64_t i = 0; i < c; i++) {
+    const double mean = p[kMean * c + i], rstd = p[kRstd * c + i], scale = p[kScale * c + i];
+    const double total = o[kTotal * c + i], moment = o[kMoment * c + i] * rstd;
+    const double c1 = share > 0 ? -scale * rstd * moment * share : 0.0;
+    o[kDweight * c + i] = static_cast<float>(moment);
+    o[kC0 * c + i] = applied ? 1.0f : p[kScale * c + i];
+    o[kC1 * c + i] = static_cast<float>(c1);
+    o[kC2 * c + i] = share > 0 ? static_cast<float>(-scale * total * share - c1 * mean) : 0.0f;
+  }
+}
+
+Tensor gradients_cpu(const Tensor& sums_any, const Tensor& bn_any, double count, bool applied) {
+  TORCH_CHECK(sums_any.dim() == 2, kOp, ": sums of shape ", sums_any.sizes(), "; expected [2, C]");
+  const int64_t c = sums_any.size(1);
+  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c});
+  const Tensor sums = floats(kOp, applied ? "the gradient of coefficients" : "sums", sums_any, {applied ? kCoefficients : 2, c});
+  const Tensor table = at::empty({kGradients, c}, sums.options());
+  float* to = table.data_ptr<float>();
+  std::copy_n(pointer(sums) + (applied ? kShift : 0) * c, c, to + kTotal * c);
+  std::copy_n(pointer(sums) + (applied ? kScale : 1) * c, c, to + kMoment * c);
+  finish_gradients(pointer(bn), c, count, applied, to);
+  return table;
 }
 
 Tensor forward_cpu(const Tensor& x_any, const Tensor& bn_any, int64_t act) {
@@ -107,12 +119,12 @@ Tensor forward_cpu(const Tensor& x_any, const Tensor& bn_any, int64_t act) {
   return y;
 }
 
-Tensor sums_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any, int64_t act) {
+Tensor sums_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any, int64_t act, double count) {
   const Tensor x = image(kOp, "x", x_any), dy = image_like(kOp, "dy", dy_any, x.sizes(), x.scalar_type());
   const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, x.size(1)});
   const Shape s = shape_of(x, act);
-  if (!tasks(s)) return at::zeros({2, s.channels}, bn.options());
-  const Tensor parts = at::empty({tasks(s), 2, s.channels}, bn.options()), out = at::empty({2, s.channels}, bn.options());
+  if (!tasks(s)) return at::zeros({kGradients, s.channels}, bn.options());
+  const Tensor parts = at::empty({tasks(s), 2, s.channels}, bn.options()), out = at::empty({kGradients, s.channels}, bn.options());
   float* p = parts.data_ptr<float>();
   by_storage(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -122,6 +134,7 @@ Tensor sums_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any,
     });
   });
   cpu_kernels().join_sums(p, tasks(s), 2 * s.channels, 0, 2 * s.channels, out.data_ptr<float>());
+  finish_gradients(pointer(bn), s.channels, count, false, out.data_ptr<float>());
   return out;
 }
 

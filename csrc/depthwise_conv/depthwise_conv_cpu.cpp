@@ -3,6 +3,7 @@
 #include "depthwise_conv/depthwise_conv_cpu.h"
 
 #include "bn_act/bn_act.h"
+#include "bn_act/bn_act_cpu.h"
 #include "common/cpu_op.h"
 #include "cpu/kernels.h"
 
@@ -47,7 +48,7 @@ int64_t work(const Shape& s) { return s.n * s.c * s.h * s.w * s.kernel * s.kerne
 // du takes the memory of dy (dense, stride 1) with `in_place`.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const OptionalTensor& y_any, const OptionalTensor& c_any,
                                             const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight,
-                                            int64_t stride, int64_t dilation, int64_t upsample, bool in_place) {
+                                            int64_t stride, int64_t dilation, int64_t upsample, double values, bool in_place) {
   const Tensor x = image(kOp, "x", x_any), taps = taps_first(weight);
   const Shape s = shape_of(x, weight, stride, dilation, upsample, act);
   const std::vector<int64_t> sizes{s.n, s.c, s.out_h, s.out_w};
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
   const int64_t k = weight.size(2), size = k * k * s.c;
   const Tensor du = in_place ? dy : empty_image(s.n, s.c, x.size(2), x.size(3), x);
   const Tensor parts = at::empty({s.n, size}, taps.options()), sum_parts = at::empty({bn ? s.n : 0, 2 * s.c}, taps.options());
-  const Tensor dtaps = at::zeros({k * k, s.c}, taps.options()), sums = at::zeros({bn ? 2 : 0, s.c}, taps.options());
+  const Tensor dtaps = at::zeros({k * k, s.c}, taps.options()), table = at::zeros({bn ? bn_act::kGradients : 0, s.c}, taps.options());
   by_storage(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Backward<T> f{data<T>(dy), y ? data<T>(*y) : nullptr, data<T>(x), pointer(c), pointer(bn), pointer(taps), data<T>(du),
@@ -68,9 +69,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
   });
   if (tasks(s)) {
     cpu_kernels().join_sums(pointer(parts), s.n, size, 0, size, dtaps.data_ptr<float>());
-    if (bn) cpu_kernels().join_sums(pointer(sum_parts), s.n, 2 * s.c, 0, 2 * s.c, sums.data_ptr<float>());
+    if (bn) {
+      cpu_kernels().join_sums(pointer(sum_parts), s.n, 2 * s.c, 0, 2 * s.c, table.data_ptr<float>());
+      bn_act::finish_gradients(pointer(bn), s.c, values, false, table.data_ptr<float>());
+    }
   }
-  return {du, dtaps.t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous(), sums};
+  return {du, dtaps.t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous(), table};
 }
 }  // namespace
 
@@ -94,15 +98,17 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x_any, const OptionalTensor
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& c, const Tensor& x,
                                                 const OptionalTensor& bn, int64_t act, const Tensor& weight, int64_t stride,
-                                                int64_t dilation, int64_t upsample) {
-  return backward(dy, y, c, x, bn, act, weight, stride, dilation, upsample, false);
+                                                int64_t dilation, int64_t upsample, double values) {
+  return backward(dy, y, c, x, bn, act, weight, stride, dilation, upsample, values, false);
 }
 
 std::tuple<Tensor, Tensor> backward_cpu_(Tensor& dy, const OptionalTensor& y, const OptionalTensor& c, const Tensor& x,
-                                         const OptionalTensor& bn, int64_t act, const Tensor& weight, int64_t dilation) {
-  auto [du, dweight, sums] = backward(dy, y, c, x, bn, act, weight, 1, dilation, 1, dy.is_contiguous(at::MemoryFormat::ChannelsLast));
+                                         const OptionalTensor& bn, int64_t act, const Tensor& weight, int64_t dilation,
+                                         double values) {
+  const bool dense = dy.is_contiguous(at::MemoryFormat::ChannelsLast);
+  auto [du, dweight, table] = backward(dy, y, c, x, bn, act, weight, 1, dilation, 1, values, dense);
   if (!du.is_same(dy)) dy.copy_(du);
-  return {dweight, sums};
+  return {dweight, table};
 }
 
 }  // namespace nvae::depthwise_conv

@@ -3,6 +3,7 @@
 #include "pointwise_conv/pointwise_conv_cpu.h"
 
 #include "bn_act/bn_act.h"
+#include "bn_act/bn_act_cpu.h"
 #include "common/cpu_op.h"
 #include "cpu/kernels.h"
 
@@ -85,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& x_any, const Option
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy_any, const OptionalTensor& y_any, const OptionalTensor& c_any,
-                                                const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight) {
+                                                const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight,
+                                                double values) {
   const Tensor x = image(kOp, "x", x_any);
   Shape s = shape_of(x, weight, act);
   s.chunk = chunk_rows(s.m, 256, std::clamp<int64_t>(kParts / std::max<int64_t>(1, s.in * s.out), 1, 16));
@@ -106,14 +108,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy_any, const Opti
     const auto run = cpu_kernels().of(type).pointwise_conv.backward;
     for_each_task(count, scratch_floats(s), 2 * s.m * size, [&](int64_t i, float* scratch) { run(s, f, i, scratch); });
   });
-  const Tensor dweight = at::empty({s.out, s.in, 1, 1}, options), sums = at::zeros({bn ? 2 : 0, s.in}, options);
+  const Tensor dweight = at::empty({s.out, s.in, 1, 1}, options), table = at::zeros({bn ? bn_act::kGradients : 0, s.in}, options);
   constexpr int64_t kBlock = 1 << 12;
   float* to = dweight.data_ptr<float>();
   for_each_task((size + kBlock - 1) / kBlock, 0, size * count, [&](int64_t i, float*) {
     cpu_kernels().join_sums(pointer(parts), count, size, i * kBlock, std::min(size, (i + 1) * kBlock), to);
   });
-  if (bn) cpu_kernels().join_sums(pointer(sum_parts), count, 2 * s.in, 0, 2 * s.in, sums.data_ptr<float>());
-  return {du, dweight.to(weight.scalar_type()), sums};
+  if (bn) {
+    cpu_kernels().join_sums(pointer(sum_parts), count, 2 * s.in, 0, 2 * s.in, table.data_ptr<float>());
+    bn_act::finish_gradients(pointer(bn), s.in, values, false, table.data_ptr<float>());
+  }
+  return {du, dweight.to(weight.scalar_type()), table};
 }
 
 }  // namespace nvae::pointwise_conv

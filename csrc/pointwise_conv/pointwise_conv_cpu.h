@@ -12,6 +12,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& y,
                                                             const std::optional<at::Tensor>& c, const at::Tensor& x,
                                                             const std::optional<at::Tensor>& bn, int64_t act,
-                                                            const at::Tensor& weight);
+                                                            const at::Tensor& weight, double values);
 
 }  // namespace nvae::pointwise_conv

@@ -73,6 +73,4 @@ def bn_act(
         return reference.bn_act(
             x, *norm[:5], training=training, momentum=momentum, eps=eps, act=act, process_group=process_group
         )
-    y, bn = ops.BnAct.apply(x, *_norm.tensors(norm), _norm.config(norm), ACTIVATIONS.index(act))
-    _norm.move_running([norm], [bn], [values])
-    return y
+    return ops.BnAct.apply(x, *_norm.tensors(norm), _norm.config(norm), ACTIVATIONS.index(act))

@@ -1,6 +1,8 @@
 """Schemas, shapes and autograd of `bn_act`. The native code registers itself for these schemas when it loads.
 
-`bn` [5, C] is a normalisation ready for use (mean, var, 1/sigma, scale, shift), `act` a position in `_norm.ACTIVATIONS`.
+`bn` [5, C] is a normalisation ready for use (mean, var, 1/sigma, scale, shift), `act` a position in `_norm.ACTIVATIONS`. A
+table of gradients [6, C] has sum(du), which is the bias's, sum(du (x - mean)), the weight's, and the three rows c of dx = c0 du
++ c1 x + c2, where du is averaged over `count` values (infinite, or 0: the statistics stand fixed).
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 
 torch.library.define("nvae_fast::bn_act_stats", "(Tensor x) -> Tensor")
-torch.library.define("nvae_fast::bn_act_coefficients", "(Tensor stats, Tensor? weight, Tensor? bias, float eps) -> Tensor")
-torch.library.define("nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count) -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    "nvae_fast::bn_act_move",
-    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor bn, float rate, float count) -> ()",
+torch.library.define(  # and the running statistics moved by a batch of `count` values; without rate they average all batches
+    "nvae_fast::bn_act_coefficients",
+    "(Tensor stats, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
+    "Tensor(c!)? batches=None, float? rate=None, float count=0.) -> Tensor",
+)
+torch.library.define(  # `applied`: sums is the gradient of bn [5, C] that `ApplyNorm` returns, and du holds the scale already
+    "nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count, bool applied=False) -> Tensor"
 )
 torch.library.define("nvae_fast::bn_act_fwd", "(Tensor x, Tensor bn, int act) -> Tensor")
-torch.library.define("nvae_fast::bn_act_sums", "(Tensor dy, Tensor x, Tensor bn, int act) -> Tensor")
+torch.library.define("nvae_fast::bn_act_sums", "(Tensor dy, Tensor x, Tensor bn, int act, float count=0.) -> Tensor")
 torch.library.define("nvae_fast::bn_act_bwd", "(Tensor dy, Tensor x, Tensor bn, int act, Tensor c) -> Tensor")
 torch.library.define("nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c) -> ()")
 
@@ -30,8 +34,7 @@ cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
 triton_can_run = _triton.can_run
 _triton.register(
     "bn_act",
-    *("bn_act_stats", "bn_act_coefficients", "bn_act_gradients", "bn_act_move"),
-    *("bn_act_fwd", "bn_act_sums", "bn_act_bwd", "bn_act_affine_"),
+    *("bn_act_stats", "bn_act_coefficients", "bn_act_gradients", "bn_act_fwd", "bn_act_sums", "bn_act_bwd", "bn_act_affine_"),
 )
 
 
@@ -46,19 +49,23 @@ def _stats_shape(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("nvae_fast::bn_act_coefficients")
-def _coefficients_shape(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _coefficients_shape(
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    batches: Tensor | None = None,
+    rate: float | None = None,
+    count: float = 0.0,
+) -> Tensor:
     return stats.new_empty(5, stats.shape[1])
 
 
 @torch.library.register_fake("nvae_fast::bn_act_gradients")
-def _gradients_shape(sums: Tensor, bn: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
-    channels = sums.shape[1]
-    return sums.new_empty(3, channels), sums.new_empty(channels), sums.new_empty(channels)
-
-
-@torch.library.register_fake("nvae_fast::bn_act_move")
-def _move_shape(running_mean: Tensor, running_var: Tensor, bn: Tensor, rate: float, count: float) -> None:
-    return None
+def _gradients_shape(sums: Tensor, bn: Tensor, count: float, applied: bool = False) -> Tensor:
+    return sums.new_empty(6, sums.shape[1])
 
 
 @torch.library.register_fake("nvae_fast::bn_act_fwd")
@@ -67,8 +74,8 @@ def _forward_shape(x: Tensor, bn: Tensor, act: int) -> Tensor:
 
 
 @torch.library.register_fake("nvae_fast::bn_act_sums")
-def _sums_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int) -> Tensor:
-    return x.new_empty(2, x.shape[1], dtype=torch.float32)
+def _sums_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0) -> Tensor:
+    return x.new_empty(6, x.shape[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_bwd")
@@ -82,7 +89,7 @@ def _affine_shape(du: Tensor, x: Tensor, c: Tensor) -> None:
 
 
 class BnAct(torch.autograd.Function):
-    """Returns (act(BN(x)), bn) and keeps x and bn; bn is data for whoever moves the running statistics."""
+    """Returns act(BN(x)), keeps x and bn, and moves the running statistics."""
 
     @staticmethod
     def forward(
@@ -91,25 +98,26 @@ class BnAct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         stats: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
         config: _norm.NormConfig,
         act: int,
-    ) -> tuple[Tensor, Tensor]:
-        bn, count = _norm.coefficients(x, stats, weight, bias, config)
+    ) -> Tensor:
+        bn, count = _norm.coefficients(x, _norm.Parts(weight, bias, stats, running_mean, running_var, batches), config)
         ctx.save_for_backward(x, bn)
         ctx.count, ctx.config, ctx.act = count, config, act
-        ctx.mark_non_differentiable(bn)
-        ctx.set_materialize_grads(False)
-        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act), bn
+        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act)
 
     @staticmethod
     @first_order("bn_act")
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bn = ctx.saved_tensors
-        sums = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act)
-        c, dweight, dbias = _norm.gradients(sums, bn, ctx.count, ctx.config)
+        table = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act, ctx.count)
+        c, dweight, dbias = _norm.gradients(table, bn, ctx.count, ctx.config)
         dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c)
         wanted = ctx.needs_input_grad
-        return dx, dweight if wanted[1] else None, dbias if wanted[2] else None, None, None, None
+        return dx, dweight if wanted[1] else None, dbias if wanted[2] else None, *(None for _ in range(6))
 
 
 class ApplyNorm(torch.autograd.Function):

@@ -14,10 +14,8 @@ from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import join, joined_stats, joined_sums
 from nvae_fast.kernels._tile import (
     MEAN,
-    RSTD,
     SCALE,
     SHIFT,
-    VAR,
     activate,
     differentiate,
     load_row,
@@ -27,6 +25,7 @@ from nvae_fast.kernels._tile import (
     store_rows,
 )
 from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.tables import bn_act_coefficients, bn_act_gradients, share, store_gradients  # noqa: F401
 
 
 @triton.jit
@@ -54,72 +53,29 @@ def bn_act_stats_kernel(x_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M,
         store_row(out_ptr, 1, c, C, var)
 
 
-@triton.jit
-def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, bn_ptr, eps, C, BLOCK_C: tl.constexpr):
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, var = load_row(stats_ptr, 0, c, C), load_row(stats_ptr, 1, c, C)
-    rstd = 1.0 / tl.sqrt(var.to(tl.float64) + eps)
-    scale = rstd
-    if weight_ptr is not None:
-        scale = rstd * load_row(weight_ptr, 0, c, C)
-    shift = -mean * scale
-    if bias_ptr is not None:
-        shift += load_row(bias_ptr, 0, c, C)
-    store_row(bn_ptr, MEAN, c, C, mean)
-    store_row(bn_ptr, VAR, c, C, var)
-    store_row(bn_ptr, RSTD, c, C, rstd)
-    store_row(bn_ptr, SCALE, c, C, scale)
-    store_row(bn_ptr, SHIFT, c, C, shift)
-
-
-@triton.jit
-def bn_act_gradients_kernel(sums_ptr, bn_ptr, c_ptr, dweight_ptr, dbias_ptr, share, C, BLOCK_C: tl.constexpr):
-    """share = 1 / count. 0 (fixed statistics) gives zeros, also where a sum is NaN, which then stays in its element."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total, mean, scale = load_row(sums_ptr, 0, c, C), load_row(bn_ptr, MEAN, c, C), load_row(bn_ptr, SCALE, c, C)
-    rstd = load_row(bn_ptr, RSTD, c, C).to(tl.float64)
-    moment = load_row(sums_ptr, 1, c, C) * rstd
-    c1 = tl.where(share > 0, -scale * rstd * moment * share, 0.0)
-    c2 = tl.where(share > 0, -scale.to(tl.float64) * total * share - c1 * mean, 0.0)
-    store_row(c_ptr, 0, c, C, scale)
-    store_row(c_ptr, 1, c, C, c1)
-    store_row(c_ptr, 2, c, C, c2)
-    store_row(dweight_ptr, 0, c, C, moment)
-    store_row(dbias_ptr, 0, c, C, total)
-
-
-@triton.jit
-def move_row(running_ptr, stride, bn_ptr, ROW: tl.constexpr, keep, rate, c, C):
-    old = tl.load(running_ptr + c * stride, mask=c < C, other=0.0).to(tl.float64)
-    new = old * keep + load_row(bn_ptr, ROW, c, C).to(tl.float64) * rate
-    tl.store(running_ptr + c * stride, new.to(running_ptr.dtype.element_ty), mask=c < C)
-
-
-@triton.jit
-def bn_act_move_kernel(mean_ptr, var_ptr, bn_ptr, keep, rate, var_rate, MEAN_STRIDE, VAR_STRIDE, C, BLOCK_C: tl.constexpr):
-    """running <- keep running + rate found, in float64; for the variance with a rate of its own"""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    move_row(mean_ptr, MEAN_STRIDE, bn_ptr, MEAN, keep, rate, c, C)
-    move_row(var_ptr, VAR_STRIDE, bn_ptr, VAR, keep, var_rate, c, C)
-
-
 @_triton.autotuned("C")
 @triton.jit
-def bn_act_fwd_kernel(
-    x_ptr, bn_ptr, y_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
-):
+def bn_act_fwd_kernel(x_ptr, bn_ptr, y_ptr, w_ptr, taps_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr,
+                      BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """And taps [TAPS^2, C] of the weight [C, TAPS^2] of a depthwise convolution behind it, by the first programs."""
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
     u = load_rows(x_ptr, m, c, M, C) * scale[None, :] + shift[None, :]
     store_rows(y_ptr, m, c, M, C, activate(u, ACT))
+    if w_ptr is not None:
+        if tl.program_id(0) == 0:
+            for tap in range(TAPS * TAPS):
+                w = tl.load(w_ptr + c * TAPS * TAPS + tap, mask=c < C)
+                tl.store(taps_ptr + tap * C + c, w, mask=c < C)
 
 
 @triton.jit
-def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, CHUNK, ACT: tl.constexpr,
-                       WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """out [2, C] from parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is 0."""
+def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, share, M, C, CHUNK,
+                       ACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """The table of gradients from parts [tasks, 2, C]: sum(du), sum(du (x - mean)). Rows past the end add nothing: their dy is
+    0."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
     mean = load_row(bn_ptr, MEAN, c, C)[None, :]
@@ -137,8 +93,7 @@ def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, T
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0))
     done, total, moment = joined_sums(parts_ptr, tickets_ptr, task, tl.program_id(1), c, C, TASKS, GROUP)
     if done:
-        store_row(out_ptr, 0, c, C, total)
-        store_row(out_ptr, 1, c, C, moment)
+        store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, False)
 
 
 @_triton.autotuned("C")
@@ -177,56 +132,33 @@ def bn_act_stats(x: Tensor) -> Tensor:
     return out
 
 
-def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    channels = stats.shape[1]
-    stats, bn = _triton.floats("statistics", stats, 2, channels), stats.new_empty(5, channels)
-    weight, bias = _triton.floats("weight", weight, channels), _triton.floats("bias", bias, channels)
-    if channels:
-        bn_act_coefficients_kernel[(triton.cdiv(channels, 128),)](stats, weight, bias, bn, eps, channels, BLOCK_C=128)
-    return bn
-
-
-def bn_act_gradients(sums: Tensor, bn: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
-    channels = sums.shape[1]
-    sums, bn = _triton.floats("sums", sums, 2, channels), _triton.floats("coefficients", bn, 5, channels)
-    c, dweight, dbias = sums.new_empty(3, channels), sums.new_empty(channels), sums.new_empty(channels)
-    if channels:
-        grid = (triton.cdiv(channels, 128),)
-        share = 1.0 / count if count else 0.0
-        bn_act_gradients_kernel[grid](sums, bn, c, dweight, dbias, share, channels, BLOCK_C=128)
-    return c, dweight, dbias
-
-
-def bn_act_move(running_mean: Tensor, running_var: Tensor, bn: Tensor, rate: float, count: float) -> None:
-    channels = running_mean.numel()
-    bn = _triton.floats("coefficients", bn, 5, channels)
-    for running in (running_mean, running_var):
-        if running.shape != (channels,):
-            raise RuntimeError(f"running statistics have shape {tuple(running.shape)}; expected {(channels,)}")
-    if channels:
-        strides, rates = (running_mean.stride(0), running_var.stride(0)), (rate, rate * (count / max(count - 1.0, 1.0)))
-        bn_act_move_kernel[(triton.cdiv(channels, 128),)](
-            running_mean, running_var, bn, 1.0 - rate, *rates, *strides, channels, BLOCK_C=128
-        )
-
-
 def bn_act_fwd(x: Tensor, bn: Tensor, act: int) -> Tensor:
+    return activated(x, bn, act, None)[0]
+
+
+def activated(x: Tensor, bn: Tensor, act: int, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(act(scale x + shift), the weight [C, 1, k, k] of a depthwise convolution as taps [k^2, C])"""
     x = _triton.image("x", x)
     bn, y = _triton.floats("coefficients", bn, 5, x.shape[1]), empty_image(x, *x.shape)
+    weight = None if weight is None else weight.contiguous()
+    taps = None if weight is None else weight.new_empty(weight[0].numel(), len(weight))
     if x.numel():
         rows, channels, grid, block_c = _elementwise(x)
-        bn_act_fwd_kernel[grid](x, bn, y, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
-    return y
+        sizes = dict(TAPS=1 if weight is None else weight.shape[-1], WIDE=_triton.wide(x), BLOCK_C=block_c)
+        bn_act_fwd_kernel[grid](x, bn, y, weight, taps, rows, channels, ACT=act, **sizes)
+    return y, taps
 
 
-def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int) -> Tensor:
+def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0) -> Tensor:
     x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
     rows, channels, grid, chunk, sizes = _reduction(x)
     bn = _triton.floats("coefficients", bn, 5, channels)
     if not x.numel():
-        return bn.new_zeros(2, channels)
-    out, parts = bn.new_empty(2, channels), join(x, grid[0], channels, grid[1])
-    bn_act_sums_kernel[grid](dy, x, bn, out, *parts, rows, channels, chunk, ACT=act, WIDE=_triton.wide(x), **sizes)
+        return bn.new_zeros(6, channels)
+    out, parts = bn.new_empty(6, channels), join(x, grid[0], channels, grid[1])
+    bn_act_sums_kernel[grid](
+        dy, x, bn, out, *parts, share(count), rows, channels, chunk, ACT=act, WIDE=_triton.wide(x), **sizes
+    )
     return out
 
 

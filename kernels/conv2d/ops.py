@@ -13,7 +13,8 @@ from nvae_fast.kernels.conv2d.reference import conv2d
 
 
 class NormConv2d(torch.autograd.Function):
-    """Returns (conv2d(act(norm(x)), weight, bias), bn); keeps x, the weight and bn [5, C], and computes act(norm(x)) again."""
+    """conv2d(act(norm(x)), weight, bias); keeps x, the weight and bn [5, C], and computes act(norm(x)) again. Moves the running
+    statistics."""
 
     @staticmethod
     def forward(
@@ -24,20 +25,22 @@ class NormConv2d(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         found: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
         config: _norm.NormConfig,
         act: int,
         sizes: tuple[int, int, int],
-    ) -> tuple[Tensor, Tensor]:
-        bn, count = _norm.coefficients(x, found, gamma, beta, config)
+    ) -> Tensor:
+        bn, count = _norm.coefficients(x, _norm.Parts(gamma, beta, found, running_mean, running_var, batches), config)
         y = conv2d(torch.ops.nvae_fast.bn_act_fwd(x, bn, act), weight, bias, *sizes)
         ctx.save_for_backward(x, weight, bn)
         ctx.settings = config, act, sizes, count, None if bias is None else [len(bias)]
-        ctx.mark_non_differentiable(bn)
-        return y, bn
+        return y
 
     @staticmethod
     @first_order("conv2d")
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         raw = torch.ops.nvae_fast
         x, weight, bn = ctx.saved_tensors
         config, act, (stride, padding, dilation), count, bias = ctx.settings
@@ -51,7 +54,7 @@ class NormConv2d(torch.autograd.Function):
         del a
         dx = dgamma = dbeta = None
         if parts:
-            sums = raw.bn_act_sums(da, x, bn, act)
-            c, dgamma, dbeta = _norm.gradients(sums, bn, count, config)
+            table = raw.bn_act_sums(da, x, bn, act, count)
+            c, dgamma, dbeta = _norm.gradients(table, bn, count, config)
             dx = raw.bn_act_bwd(da, x, bn, act, c)
-        return dx, dweight, dbias, dgamma if wanted[3] else None, dbeta if wanted[4] else None, None, None, None, None
+        return dx, dweight, dbias, dgamma if wanted[3] else None, dbeta if wanted[4] else None, *(None for _ in range(7))

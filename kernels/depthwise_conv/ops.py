@@ -5,13 +5,15 @@ C++ one (impl="cuda"), with the same arguments and a `variant` that tests and me
 csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor).
 
 The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
-normalised x (of x without bn), the weight's, and sums [2, C] = sum(du), sum(du (x - mean)) for the normalisation before it.
+normalised x (of x without bn), the weight's, and the table of gradients [6, C] of the normalisation before it (bn_act/ops.py),
+of which the C++ one on CUDA has the first two rows.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,12 @@ from nvae_fast.kernels.bn_act.ops import empty_image
 _INPUT = "Tensor x, Tensor? bn, int act, Tensor weight, int stride, int dilation, int upsample"
 torch.library.define("nvae_fast::depthwise_conv_fwd", f"({_INPUT}, bool stats) -> (Tensor, Tensor)")
 torch.library.define(
-    "nvae_fast::depthwise_conv_bwd", f"(Tensor dy, Tensor? y, Tensor? c, {_INPUT}) -> (Tensor, Tensor, Tensor)"
+    "nvae_fast::depthwise_conv_bwd", f"(Tensor dy, Tensor? y, Tensor? c, {_INPUT}, float count=0.) -> (Tensor, Tensor, Tensor)"
 )
 torch.library.define(  # du in the memory of dy: stride 1, no upsampling
     "nvae_fast::depthwise_conv_bwd_",
-    "(Tensor(a!) dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, int dilation) -> (Tensor, Tensor)",
+    "(Tensor(a!) dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, int dilation, float count=0.) "
+    "-> (Tensor, Tensor)",
 )
 
 torch.library.define("nvae_fast::depthwise_conv_cuda_fwd", f"({_INPUT}, bool stats, int variant=0) -> (Tensor, Tensor)")
@@ -48,6 +51,26 @@ _compiled_cuda = native_predicate("cuda", torch.float32, torch.bfloat16, torch.f
 def raw_name(impl: str) -> str:
     """The schemas that this implementation runs are nvae_fast::<raw_name>_fwd and _bwd."""
     return "depthwise_conv_cuda" if impl == "cuda" else "depthwise_conv"
+
+
+def backward(
+    name: str,
+    dy: Tensor,
+    y: Tensor | None,
+    c: Tensor | None,
+    x: Tensor,
+    bn: Tensor | None,
+    act: int,
+    weight: Tensor,
+    sizes: tuple[int, int, int],
+    count: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dweight, the table of gradients [6, C], or [0, C] without bn) of the implementation with this `raw_name`."""
+    raw = torch.ops.nvae_fast
+    if name == "depthwise_conv":
+        return raw.depthwise_conv_bwd(dy, y, c, x, bn, act, weight, *sizes, count)
+    du, dweight, sums = raw.depthwise_conv_cuda_bwd(dy, y, c, x, bn, act, weight, *sizes)
+    return du, dweight, sums if bn is None else raw.bn_act_gradients(sums, bn, count)
 
 
 def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
@@ -92,7 +115,6 @@ def _forward_shapes(
     return y, x.new_empty(2 if stats else 0, c, dtype=torch.float32)
 
 
-@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")
 @torch.library.register_fake("nvae_fast::depthwise_conv_bwd")
 def _backward_shapes(
     dy: Tensor,
@@ -105,15 +127,28 @@ def _backward_shapes(
     stride: int,
     dilation: int,
     upsample: int,
-    variant: int = 0,
+    count: float = 0.0,
+    rows: int = 6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
-    return empty_image(x, *x.shape), weight.new_empty(weight.shape), sums
+    table = x.new_empty(0 if bn is None else rows, x.shape[1], dtype=torch.float32)
+    return empty_image(x, *x.shape), weight.new_empty(weight.shape), table
+
+
+@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")
+def _cuda_backward_shapes(*args: Any, variant: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_shapes(*args[:10], rows=2)
 
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_bwd_")
 def _backward_in_place_shapes(
-    dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int
+    dy: Tensor,
+    y: Tensor | None,
+    c: Tensor | None,
+    x: Tensor,
+    bn: Tensor | None,
+    act: int,
+    weight: Tensor,
+    dilation: int,
+    count: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
-    return weight.new_empty(weight.shape), sums
+    return _backward_shapes(dy, y, c, x, bn, act, weight, 1, dilation, 1)[1:]

@@ -2,7 +2,8 @@
 
 Simple rather than fast, for any kernel size: a kernel reads an image once for every tap, from the caches, so what stands before
 the convolution (norm and activation; in the backward c0 dy + c1 y + c2) is stored once instead of being computed for every tap.
-Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 (kernels/_join.py).
+Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 (kernels/_join.py): by the last task, those of
+the weight's gradient by programs of the next kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import join_stats, join_sums
+from nvae_fast.kernels._join import COLUMNS, NO_JOIN, join, join_columns, joined_stats, joined_sums
 from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
@@ -28,6 +29,7 @@ from nvae_fast.kernels._tile import (
 )
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.tables import share, store_gradients
 
 
 @triton.jit
@@ -37,11 +39,11 @@ def load_pixels(ptr, image, i, j, c, inside, H, W, C):
 
 
 @triton.jit
-def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, parts_ptr, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK, TAPS: tl.constexpr,
-                              STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """y [., OUT_H, OUT_W, C] of x [., H, W, C], whose pixels stand UP x UP times. parts [tasks, 2, C]: mean of a task's y and
-    sum of squares about it, as stored, from sums about the mean of its first tile."""
+def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, H, W, OUT_H, OUT_W,
+                              DILATION, CHUNK, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr,
+                              UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """y [., OUT_H, OUT_W, C] of x [., H, W, C], whose pixels stand UP x UP times. out [2, C], mean and variance of y as stored,
+    of parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about the mean of its first tile."""
     C = multiple(C, UNIT)
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = offset_of(task, WIDE) * CHUNK
@@ -76,6 +78,10 @@ def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, parts_ptr, M, C, H, W, OUT_H,
         parts = parts_ptr + offset_of(task, WIDE) * 2 * C
         store_row(parts, 0, c, C, pivot + moved / rows)
         store_row(parts, 1, c, C, tl.sum(s2, 0) - moved * moved / rows)
+        done, mean, var = joined_stats(parts_ptr, tickets_ptr, task, tl.program_id(1), c, M, C, CHUNK, TASKS, GROUP)
+        if done:
+            store_row(out_ptr, 0, c, C, mean)
+            store_row(out_ptr, 1, c, C, var)
 
 
 @triton.jit
@@ -112,13 +118,17 @@ def depthwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, g_ptr, x_ptr, parts_ptr,
 
 
 @triton.jit
-def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, parts_ptr, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK,
-                             ACT: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
-                             WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_C: tl.constexpr):  # fmt: skip
-    """du = (g conv^T w) act'(u), without bn g conv^T w. parts [tasks, 2, C]: sum(du), sum(du (x - mean)), of du as stored."""
+def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dparts_ptr, dw_ptr, DTASKS, LEAD, share, parts_ptr,
+                             tickets_ptr, TASKS, GROUP, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK, ACT: tl.constexpr,
+                             TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr,
+                             UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """du = (g conv^T w) act'(u), without bn g conv^T w; the table of gradients from parts [tasks, 2, C]: sum(du), sum(du (x -
+    mean)), of du as stored. The first LEAD rows of programs join what the kernel before has left of dw [C, TAPS^2]."""
     C = multiple(C, UNIT)
-    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if tl.program_id(0) < LEAD:
+        join_columns(dparts_ptr, dw_ptr, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), DTASKS, C * TAPS * TAPS)
+        return
+    task, c = tl.program_id(0) - LEAD, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = offset_of(task, WIDE) * CHUNK
     m = first + tl.arange(0, BLOCK_M)
     s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -148,6 +158,9 @@ def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, parts_ptr, M, 
         parts = parts_ptr + offset_of(task, WIDE) * 2 * C
         store_row(parts, 0, c, C, tl.sum(s1, 0))
         store_row(parts, 1, c, C, tl.sum(s2, 0))
+        done, total, moment = joined_sums(parts_ptr, tickets_ptr, task, tl.program_id(1), c, C, TASKS, GROUP)
+        if done:
+            store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, False)
 
 
 def depthwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stride: int, dilation: int, upsample: int,
@@ -156,33 +169,35 @@ def depthwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
     y = empty_image(x, *x.shape[:2], sizes["OUT_H"], sizes["OUT_W"])
     if not y.numel():
         return y, y.new_zeros(2 if stats else 0, y.shape[1], dtype=torch.float32)
-    a = x if bn is None else bn_act.bn_act_fwd(x, bn, act)
+    a, taps = _activated(x, bn, act, weight)
     rows, grid, chunk, tile = _tasks(y)
-    parts = y.new_empty(grid[0], 2, y.shape[1], dtype=torch.float32) if stats else None
-    depthwise_conv_fwd_kernel[grid](a, _taps_first(weight), y, parts, M=rows, CHUNK=chunk, WIDE=_wide(x, y), **sizes, **tile)
-    return y, y.new_empty(0, y.shape[1], dtype=torch.float32) if parts is None else join_stats(parts, rows, chunk)
+    out = y.new_empty(2 if stats else 0, y.shape[1], dtype=torch.float32)
+    parts = join(y, grid[0], y.shape[1], grid[1]) if stats else NO_JOIN
+    depthwise_conv_fwd_kernel[grid](a, taps, y, out, *parts, M=rows, CHUNK=chunk, WIDE=_wide(x, y), **sizes, **tile)
+    return y, out
 
 
 def depthwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor,
-                       stride: int, dilation: int, upsample: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                       stride: int, dilation: int, upsample: int,
+                       count: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     du = empty_image(x, *x.shape)
-    return du, *_backward(dy, y, c, x, bn, act, weight, stride, dilation, upsample, du)
+    return du, *_backward(dy, y, c, x, bn, act, weight, stride, dilation, upsample, count, du)
 
 
 def depthwise_conv_bwd_(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int,
-                        weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+                        weight: Tensor, dilation: int, count: float = 0.0) -> tuple[Tensor, Tensor]:  # fmt: skip
     # g is a tensor of its own where there is c: what follows it may be written over dy
     here = c is not None and dy.is_contiguous(memory_format=torch.channels_last)
     du = dy if here else empty_image(x, *x.shape)
-    found = _backward(dy, y, c, x, bn, act, weight, 1, dilation, 1, du)
+    found = _backward(dy, y, c, x, bn, act, weight, 1, dilation, 1, count, du)
     if not here:
         dy.copy_(du)
     return found
 
 
 def _backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor,
-              stride: int, dilation: int, upsample: int, du: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dweight, sums), and du written"""
+              stride: int, dilation: int, upsample: int, count: float, du: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dweight, table of gradients), and du written"""
     x, sizes = _triton.image("x", x), _sizes(x, weight, stride, dilation, upsample)
     channels, like = x.shape[1], x.new_empty(()).expand(*x.shape[:2], sizes["OUT_H"], sizes["OUT_W"])
     dy = _triton.image("dy", dy, like)
@@ -190,19 +205,30 @@ def _backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Ten
         raise RuntimeError("depthwise_conv: expected both y and c, or neither")
     y, c = None if y is None else _triton.image("y", y, like), _triton.floats("c", c, 3, channels)
     bn = _triton.floats("coefficients", bn, 5, channels)
-    sums = x.new_empty(0 if bn is None else 2, channels, dtype=torch.float32)
+    table, dweight = x.new_empty(0 if bn is None else 6, channels, dtype=torch.float32), weight.new_empty(weight.shape)
     if not x.numel():
-        return weight.new_zeros(weight.shape), sums.zero_()
+        return dweight.zero_(), table.zero_()
     sizes["WIDE"] = _wide(x, dy)
-    a, g = x if bn is None else bn_act.bn_act_fwd(x, bn, act), dy if c is None else torch.empty_like(dy)
-    rows, grid, chunk, tile = _tasks(dy, taps=weight[0].numel())
-    parts = sums.new_empty(grid[0], channels, weight[0].numel())
-    depthwise_conv_dweight_kernel[grid](dy, y, c, g, a, parts, M=rows, CHUNK=chunk, **sizes, **tile)
-    dweight = join_sums(parts, weight.dtype).view(weight.shape)
+    a, taps = _activated(x, bn, act, weight)
+    g, size = dy if c is None else torch.empty_like(dy), weight[0].numel()
+    rows, grid, chunk, tile = _tasks(dy, taps=size)
+    dparts = table.new_empty(grid[0], channels, size)
+    depthwise_conv_dweight_kernel[grid](dy, y, c, g, a, dparts, M=rows, CHUNK=chunk, **sizes, **tile)
     rows, grid, chunk, tile = _tasks(x)
-    parts = None if bn is None else sums.new_empty(grid[0], 2, channels)
-    depthwise_conv_du_kernel[grid](g, x, bn, _taps_first(weight), du, parts, M=rows, CHUNK=chunk, ACT=act, **sizes, **tile)
-    return dweight, sums if parts is None else join_sums(parts)
+    parts = NO_JOIN if bn is None else join(x, grid[0], channels, grid[1])
+    lead = triton.cdiv(channels * size, COLUMNS.value * grid[1])
+    depthwise_conv_du_kernel[(lead + grid[0], grid[1])](
+        *(g, x, bn, taps, du, table, dparts, dweight, len(dparts), lead, share(count), *parts),
+        **sizes | tile | dict(M=rows, CHUNK=chunk, ACT=act),
+    )
+    return dweight, table
+
+
+def _activated(x: Tensor, bn: Tensor | None, act: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(x as the convolution reads it, the weight as taps [k^2, C])"""
+    if bn is None:
+        return x, weight.flatten(1).t().contiguous()
+    return bn_act.activated(x, bn, act, weight)
 
 
 def _sizes(x: Tensor, weight: Tensor, stride: int, dilation: int, upsample: int) -> dict[str, int]:
@@ -217,11 +243,6 @@ def _sizes(x: Tensor, weight: Tensor, stride: int, dilation: int, upsample: int)
     return dict(
         zip(names, (channels, height, width, *out, dilation, taps, stride, upsample, _triton.unit(channels)), strict=True)
     )
-
-
-def _taps_first(weight: Tensor) -> Tensor:
-    """[k^2, C]"""
-    return weight.flatten(1).t().contiguous()
 
 
 def _wide(*images: Tensor) -> bool:

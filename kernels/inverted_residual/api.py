@@ -72,13 +72,9 @@ def inverted_residual(
         y = reference.inverted_residual(x, expand, depthwise, project, norms, stride=stride, upsample=upsample)
         return (y, None) if defer else y
     parts = [t for norm in norms for t in _norm.tensors(norm)]
-    configs = tuple(_norm.config(norm) for norm in norms)
-    found = ops.InvertedResidual.apply(x, expand, depthwise, project, configs, stride, upsample, memory == "low", impl, *parts)
-    t3, bn3, *others = found
-    pixels = x.shape[2] * x.shape[3] * upsample**2
-    behind = t3.shape[2] * t3.shape[3]
-    values = [x.shape[0] * n for n in (pixels, pixels, behind, behind)]
-    _norm.move_running(norms, [*others, bn3], values)
+    configs = tuple(_norm.config(norm, copies) for norm, copies in zip(norms, (upsample**2, upsample**2, 1, 1), strict=True))
+    settings = configs, stride, upsample, memory == "low", impl
+    t3, bn3 = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
     return (t3, bn3) if defer else ApplyNorm.apply(t3, bn3)
 
 

@@ -9,6 +9,7 @@ way in (c0 dy + c1 y + c2) and leaves the two sums that the one before it needs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def cuda_can_run(tensors: Sequence[Tensor]) -> str | None:
 
 
 class InvertedResidual(torch.autograd.Function):
-    """Returns (t3, bn3, bn0, bn1, bn2). bn3's gradient rows are those of `bn_act.ops.ApplyNorm`; the last three are data.
+    """Returns (t3, bn3), with the running statistics moved. bn3's gradient rows are those of `bn_act.ops.ApplyNorm`.
 
     Keeps x, t1, t2, t3, or with `low` x and t3: t1 and t2 are then computed again, from the statistics of the forward.
     """
@@ -57,14 +58,13 @@ class InvertedResidual(torch.autograd.Function):
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
         raw, depthwise_conv_fwd, _ = _raw_ops(impl)
-        norms = [parts[i : i + 3] for i in (0, 3, 6, 9)]  # weight, bias, stats that stand fixed
+        norms = [_norm.Parts(*parts[i : i + 6]) for i in (0, 6, 12, 18)]
 
         def ready(i: int, t: Tensor, taken: Tensor | None) -> tuple[Tensor, float]:
-            weight, bias, found = norms[i]
-            return _norm.coefficients(t, found if found is not None else taken, weight, bias, configs[i])
+            return _norm.coefficients(t, norms[i]._replace(stats=taken) if wanted(i) else norms[i], configs[i])
 
         def wanted(i: int) -> bool:
-            return norms[i][2] is None
+            return norms[i].stats is None
 
         bn0, n0 = ready(0, x, None)
         t1, taken, _ = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, wanted(1), False)
@@ -76,13 +76,12 @@ class InvertedResidual(torch.autograd.Function):
         kept = (None, None) if low else (t1, t2)
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
         ctx.settings = configs, stride, upsample, (n0, n1, n2, n3), impl
-        ctx.mark_non_differentiable(bn0, bn1, bn2)
-        ctx.set_materialize_grads(False)  # zeros for those three
-        return t3, bn3, bn0, bn1, bn2
+        ctx.set_materialize_grads(False)
+        return t3, bn3
 
     @staticmethod
     @first_order("inverted_residual")
-    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None) -> tuple[Tensor | None, ...]:
         x, t1, t2, t3, expand, depthwise, project, bn0, bn1, bn2, bn3 = ctx.saved_tensors
         configs, stride, upsample, counts, impl = ctx.settings
         raw, depthwise_conv_fwd, depthwise_conv_bwd = _raw_ops(impl)
@@ -90,20 +89,23 @@ class InvertedResidual(torch.autograd.Function):
         if t1 is None:
             t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
             t2 = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
-        c, dw3, db3 = _norm.gradients(torch.stack((dbn3[4], dbn3[3])), bn3, counts[3], configs[3])
-        c[0].fill_(1.0)  # dt3 holds the scale already
-        du, dproject, sums = raw.pointwise_conv_bwd(dt3, t3, c, t2, bn2, _SWISH, project)
-        c, dw2, db2 = _norm.gradients(sums, bn2, counts[2], configs[2])
+        table = raw.bn_act_gradients(dbn3, bn3, counts[3], True)
+        c, dw3, db3 = _norm.gradients(table, bn3, counts[3], configs[3], applied=True)
+        du, dproject, table = raw.pointwise_conv_bwd(dt3, t3, c, t2, bn2, _SWISH, project, counts[2])
+        c, dw2, db2 = _norm.gradients(table, bn2, counts[2], configs[2])
         if stride * upsample == 1 and impl != "cuda":  # whose tiles overlap in dy: du is memory of its own
-            ddepthwise, sums = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1)
+            ddepthwise, table = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1, counts[1])
         else:
-            du, ddepthwise, sums = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, stride, 1, upsample)
+            sizes = stride, 1, upsample
+            du, ddepthwise, table = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, sizes, counts[1])
         del t2
-        c, dw1, db1 = _norm.gradients(sums, bn1, counts[1], configs[1])
-        du, dexpand, sums = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand)
-        c, dw0, db0 = _norm.gradients(sums, bn0, counts[0], configs[0])
+        c, dw1, db1 = _norm.gradients(table, bn1, counts[1], configs[1])
+        du, dexpand, table = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
+        c, dw0, db0 = _norm.gradients(table, bn0, counts[0], configs[0])
         raw.bn_act_affine_(du, x, c)
-        parts = (dw0, db0, None, dw1, db1, None, dw2, db2, None, dw3, db3, None)
+        parts = (
+            part for pair in ((dw0, db0), (dw1, db1), (dw2, db2), (dw3, db3)) for part in (*pair, *(None for _ in range(4)))
+        )
         wanted = ctx.needs_input_grad[9:]
         parts = tuple(p if w else None for p, w in zip(parts, wanted, strict=True))
         return (du, dexpand, ddepthwise, dproject, None, None, None, None, None, *parts)
@@ -112,4 +114,4 @@ class InvertedResidual(torch.autograd.Function):
 def _raw_ops(impl: str) -> tuple[Any, Any, Any]:
     """(all, depthwise_conv's forward and backward)"""
     raw, name = torch.ops.nvae_fast, depthwise_ops.raw_name(impl)
-    return raw, getattr(raw, f"{name}_fwd"), getattr(raw, f"{name}_bwd")
+    return raw, getattr(raw, f"{name}_fwd"), functools.partial(depthwise_ops.backward, name)

@@ -1,8 +1,8 @@
 """Schemas and shapes of `pointwise_conv`. The native code registers itself for these schemas when it loads.
 
 The backward of a normalisation behind y enters as c [3, C_out]: g = c0 dy + c1 y + c2. The backward returns the gradient du of
-the normalised x (of x without bn), the weight's, and sums [2, C_in] = sum(du), sum(du (x - mean)) for the normalisation before
-it.
+the normalised x (of x without bn), the weight's, and the table of gradients [6, C_in] of the normalisation before it
+(bn_act/ops.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ torch.library.define(
 )
 torch.library.define(
     "nvae_fast::pointwise_conv_bwd",
-    "(Tensor dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, float count=0.) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
@@ -40,7 +41,7 @@ def _forward_shapes(
 
 @torch.library.register_fake("nvae_fast::pointwise_conv_bwd")
 def _backward_shapes(
-    dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor
+    dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, count: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = x.new_empty(0 if bn is None else 2, x.shape[1], dtype=torch.float32)
-    return empty_image(x, *x.shape), weight.new_empty(weight.shape), sums
+    table = x.new_empty(0 if bn is None else 6, x.shape[1], dtype=torch.float32)
+    return empty_image(x, *x.shape), weight.new_empty(weight.shape), table

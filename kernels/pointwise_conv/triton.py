@@ -2,7 +2,8 @@
 
 Products of tiles, summed in float32. What stands before one (a normalisation with its activation, or the backward of the
 normalisation behind y) is applied to the operand in registers and rounded to the storage type, as autocast rounds what a
-convolution reads. Sums over rows are taken by tiles, or by tasks of CHUNK rows, and joined in float64 (kernels/_join.py).
+convolution reads. Sums over rows are taken by tiles, or by tasks of CHUNK rows, and joined in float64 (kernels/_join.py): by
+the last tile, those of the weight's gradient by programs of the next kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import join_stats, join_sums
+from nvae_fast.kernels._join import COLUMNS, NO_JOIN, join, join_columns, joined_stats, joined_sums
 from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
@@ -29,15 +30,17 @@ from nvae_fast.kernels._tile import (
     store_rows,
 )
 from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.tables import share, store_gradients
 
 PROGRAMS = 256  # that a GPU should get at least: two for each of its multiprocessors
 
 
 @triton.jit
-def tile_of(COLUMNS, BLOCK: tl.constexpr):
-    """(tile of rows, columns) of a program: those of one tile of rows run side by side and meet in the second-level cache."""
-    across = tl.cdiv(COLUMNS, BLOCK)
-    return tl.program_id(0) // across, tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+def tile_of(program, WIDTH, BLOCK: tl.constexpr):
+    """(tile of rows, block of columns, columns) of a program: those of one tile of rows run side by side and meet in the
+    second-level cache."""
+    across = tl.cdiv(WIDTH, BLOCK)
+    return program // across, program % across, program % across * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -62,13 +65,13 @@ def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N):
 
 
 @triton.jit
-def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, parts_ptr, sums_ptr, M, K, N, P, ACT: tl.constexpr,
-                              WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """y = A W^T. parts [tiles, 2, N]: mean and sum of squares about it of a tile's y, as stored. sums [images + tiles, N]: row
-    image + tile is the sum of y over the rows of that image (of P) in that tile."""
+def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, sums_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, P,
+                              ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """y = A W^T. out [2, N], mean and variance of y as stored, of parts [tiles, 2, N]: a tile's mean and sum of squares about
+    it. sums [images + tiles, N]: row image + tile is the sum of y over the rows of that image (of P) in that tile."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
-    tile, n = tile_of(N, BLOCK_N)
+    tile, block, n = tile_of(tl.program_id(0), N, BLOCK_N)
     first = offset_of(tile, WIDE) * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -81,17 +84,21 @@ def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, parts_ptr, sums_ptr, 
     store_rows(y_ptr, m, n, M, N, y)
     if (parts_ptr is not None) or (sums_ptr is not None):
         y = tl.where((m < M)[:, None], y.to(tl.float32), 0.0)
+    if sums_ptr is not None:
+        last = (tl.minimum(first + BLOCK_M, M) - 1) // P
+        for image in range(first // P, last + 1):
+            mine = tl.where((m // P == image)[:, None], y, 0.0)
+            store_row(sums_ptr, image + tile, n, N, tl.sum(mine, 0))
     if parts_ptr is not None:
         rows = tl.minimum(M - first, BLOCK_M).to(tl.float32)
         mean = tl.sum(y, 0) / rows
         d = tl.where((m < M)[:, None], y - mean[None, :], 0.0)
         store_row(parts_ptr + offset_of(tile, WIDE) * 2 * N, 0, n, N, mean)
         store_row(parts_ptr + offset_of(tile, WIDE) * 2 * N, 1, n, N, tl.sum(d * d, 0))
-    if sums_ptr is not None:
-        last = (tl.minimum(first + BLOCK_M, M) - 1) // P
-        for image in range(first // P, last + 1):
-            mine = tl.where((m // P == image)[:, None], y, 0.0)
-            store_row(sums_ptr, image + tile, n, N, tl.sum(mine, 0))
+        done, mean, var = joined_stats(parts_ptr, tickets_ptr, tile, block, n, M, N, BLOCK_M, TASKS, GROUP)
+        if done:
+            store_row(out_ptr, 0, n, N, mean)
+            store_row(out_ptr, 1, n, N, var)
 
 
 @triton.jit
@@ -106,12 +113,17 @@ def pointwise_conv_means_kernel(sums_ptr, means_ptr, M, N, P, TILE, BLOCK_T: tl.
 
 
 @triton.jit
-def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, parts_ptr, M, K, N, ACT: tl.constexpr,
-                             WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """du = (G W) act'(u), or G W without bn. parts [tiles, 2, K]: sum(du), sum(du (x - mean)), of du before it is rounded."""
+def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dparts_ptr, dw_ptr, DTASKS, LEAD,
+                             share, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, ACT: tl.constexpr, WIDE: tl.constexpr,
+                             UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                             BLOCK_K: tl.constexpr):  # fmt: skip
+    """du = (G W) act'(u), or G W without bn; the table of gradients from parts [tiles, 2, K]: sum(du), sum(du (x - mean)), of
+    du before it is rounded. The first LEAD programs join what the kernel before has left of dw [N, K]."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
-    tile, k = tile_of(K, BLOCK_K)
+    if tl.program_id(0) < LEAD:
+        join_columns(dparts_ptr, dw_ptr, tl.program_id(0), DTASKS, N * K)
+        return
+    tile, block, k = tile_of(tl.program_id(0) - LEAD, K, BLOCK_K)
     m = offset_of(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     du = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for n0 in range(0, N, BLOCK_N):
@@ -127,6 +139,10 @@ def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr,
         store_row(parts, 0, k, K, tl.sum(du, 0))
         store_row(parts, 1, k, K, tl.sum(du * (x - load_row(bn_ptr, MEAN, k, K)[None, :]), 0))
     store_rows(du_ptr, m, k, M, K, du)
+    if bn_ptr is not None:
+        done, total, moment = joined_sums(parts_ptr, tickets_ptr, tile, block, k, K, TASKS, GROUP)
+        if done:
+            store_gradients(out_ptr, bn_ptr, total, moment, share, k, K, False)
 
 
 @triton.jit
@@ -135,7 +151,7 @@ def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr
                                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """parts [tasks, N, K]: G^T A over a task's CHUNK rows"""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
-    rest, k = tile_of(K, BLOCK_K)
+    rest, _, k = tile_of(tl.program_id(0), K, BLOCK_K)
     task, n = rest // tl.cdiv(N, BLOCK_N), rest % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = offset_of(task, WIDE) * CHUNK
     m = first + tl.arange(0, BLOCK_M)
@@ -161,15 +177,13 @@ def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
         return y.zero_(), *(t.zero_() for t in found)
     block_m, block_n, block_k, options = _tile(FORWARD, x, rows, out, fan)
     count = triton.cdiv(rows, block_m)
-    parts = x.new_empty(count, 2, out, dtype=torch.float32) if stats else None
+    parts = join(x, count, out, triton.cdiv(out, block_n)) if stats else NO_JOIN
     sums = x.new_empty(images + count, out, dtype=torch.float32) if means else None
     pointwise_conv_fwd_kernel[(count * triton.cdiv(out, block_n),)](
-        *(x, bn, weight, y, parts, sums),
+        *(x, bn, weight, y, found[0], sums, *parts),
         **sizes | options,
         **dict(P=pixels, ACT=act, WIDE=_wide(x, y), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
     )
-    if parts is not None:
-        found[0] = join_stats(parts, rows, block_m)
     if sums is not None:
         grid = (images, triton.cdiv(out, 32))
         pointwise_conv_means_kernel[grid](sums, found[1], rows, out, pixels, block_m, BLOCK_T=32, BLOCK_C=32)
@@ -177,7 +191,7 @@ def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
 
 
 def pointwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int,
-                       weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                       weight: Tensor, count: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, w = _triton.image("x", x), _weight(weight, x)
     sizes = _sizes(x, w)
     rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
@@ -187,26 +201,27 @@ def pointwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor
         raise RuntimeError("pointwise_conv: expected both y and c, or neither")
     y, c = None if y is None else _triton.image("y", y, like), _triton.floats("c", c, 3, out)
     bn, du = _triton.floats("coefficients", bn, 5, fan), empty_image(x, *x.shape)
-    sums = x.new_empty(0 if bn is None else 2, fan, dtype=torch.float32)
+    table, dweight = x.new_empty(0 if bn is None else 6, fan, dtype=torch.float32), weight.new_empty(weight.shape)
     if not x.numel() or not dy.numel():
-        return du.zero_(), weight.new_zeros(weight.shape), sums.zero_()
+        return du.zero_(), dweight.zero_(), table.zero_()
     common = sizes | {"ACT": act, "WIDE": _wide(x, dy)}
-    block_m, block_k, block_n, options = _tile(BACKWARD, x, rows, fan, out)
-    count = triton.cdiv(rows, block_m)
-    parts = None if bn is None else sums.new_empty(count, 2, fan)
-    pointwise_conv_du_kernel[(count * triton.cdiv(fan, block_k),)](
-        *(dy, y, c, x, bn, w, du, parts), **common | options, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
-    )
-    if parts is not None:
-        sums = join_sums(parts)
     block_n, block_k, block_m, options = _tile(DWEIGHT, x, out, fan, rows)
     tiles = triton.cdiv(out, block_n) * triton.cdiv(fan, block_k)
-    count, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // tiles)
-    parts = sums.new_empty(count, out, fan)
-    pointwise_conv_dweight_kernel[(tiles * count,)](
-        *(dy, y, c, x, bn, parts), **common | options, CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
+    tasks, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // tiles)
+    dparts = table.new_empty(tasks, out, fan)
+    pointwise_conv_dweight_kernel[(tiles * tasks,)](
+        *(dy, y, c, x, bn, dparts), **common | options, CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
     )
-    return du, join_sums(parts, weight.dtype).view(weight.shape), sums
+    block_m, block_k, block_n, options = _tile(BACKWARD, x, rows, fan, out)
+    tiles, across = triton.cdiv(rows, block_m), triton.cdiv(fan, block_k)
+    parts = NO_JOIN if bn is None else join(x, tiles, fan, across)
+    lead = triton.cdiv(out * fan, COLUMNS.value)
+    pointwise_conv_du_kernel[(lead + tiles * across,)](
+        *(dy, y, c, x, bn, w, du, table, dparts, dweight, tasks, lead, share(count), *parts),
+        **common | options,
+        **dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+    )
+    return du, dweight, table
 
 
 def _weight(weight: Tensor, x: Tensor) -> Tensor:

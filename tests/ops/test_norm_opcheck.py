@@ -31,23 +31,26 @@ def arguments() -> dict[str, tuple]:
         "bn_act_stats": (x,),
         "bn_act_coefficients": (stats, weight, bias, 1e-5),
         "bn_act_coefficients plain": (stats, None, None, 1e-5),
+        "bn_act_coefficients moves": (stats, weight, bias, 1e-5, tensor(6), tensor(6).abs(), torch.tensor(3), 0.1, 40.0),
+        "bn_act_coefficients averages": (stats, weight, bias, 1e-5, tensor(6), tensor(6).abs(), torch.tensor(3), None, 40.0),
         "bn_act_gradients": (tensor(2, 6), bn, 40.0),
         "bn_act_gradients fixed": (tensor(2, 6), bn, float("inf")),
+        "bn_act_gradients applied": (tensor(5, 6), bn, 40.0, True),
         "bn_act_fwd": (x, bn, 1),
-        "bn_act_sums": (y, x, bn, 2),
+        "bn_act_sums": (y, x, bn, 2, 40.0),
         "bn_act_bwd": (y, x, bn, 1, c),
         "bn_act_affine_": (y.clone(memory_format=torch.preserve_format), x, c),
         "pointwise_conv_fwd": (x, bn, 1, expand, True, True),
         "pointwise_conv_fwd plain": (x, None, 0, expand, False, False),
-        "pointwise_conv_bwd": (wide, wide, tensor(3, 4), x, bn, 1, expand),
+        "pointwise_conv_bwd": (wide, wide, tensor(3, 4), x, bn, 1, expand, 40.0),
         "pointwise_conv_bwd plain": (wide, None, None, x, None, 0, expand),
         "depthwise_conv_fwd": (x, bn, 1, taps, 1, 1, 1, True),
         "depthwise_conv_fwd stride": (x, None, 0, taps, 2, 2, 1, False),
         "depthwise_conv_fwd upsample": (x, bn, 2, taps, 1, 1, 2, True),
-        "depthwise_conv_bwd": (y, y, c, x, bn, 1, taps, 1, 1, 1),
+        "depthwise_conv_bwd": (y, y, c, x, bn, 1, taps, 1, 1, 1, 40.0),
         "depthwise_conv_bwd stride": (strided, None, None, x, None, 0, taps, 2, 1, 1),
         "depthwise_conv_bwd upsample": (doubled, doubled, c, x, bn, 1, taps, 1, 1, 2),
-        "depthwise_conv_bwd_": (y.clone(memory_format=torch.preserve_format), x, c, x, bn, 1, taps, 1),
+        "depthwise_conv_bwd_": (y.clone(memory_format=torch.preserve_format), x, c, x, bn, 1, taps, 1, 40.0),
         "depthwise_conv_bwd_ plain": (y.clone(memory_format=torch.preserve_format), None, None, x, None, 0, taps, 2),
         "se_residual_fwd": (skip, x, bn, w1, b1, w2, b2, None, 0.1, True),
         "se_residual_fwd means": (skip, x, None, w1, b1, w2, b2, x.mean((2, 3)), 0.1, False),
@@ -81,7 +84,7 @@ def test_disagreeing_shapes_are_refused_by_the_raw_ops():
     for name, args in ARGUMENTS.items():
         op = getattr(RAW, name.split()[0])
         for i, t in enumerate(args):
-            if not isinstance(t, torch.Tensor) or (name.endswith("stats") and i == 0):
+            if not isinstance(t, torch.Tensor) or t.dim() == 0 or (name.endswith("stats") and i == 0):
                 continue
             wrong = torch.zeros([n + 1 for n in t.shape])
             with pytest.raises(RuntimeError):

@@ -19,7 +19,15 @@ from triton.compiler import ASTSource
 
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
-MODULES = "_join", "adamax.triton", "bn_act.triton", "depthwise_conv.triton", "pointwise_conv.triton", "se_residual.triton"
+MODULES = (
+    "_join",
+    "adamax.triton",
+    "bn_act.triton",
+    "bn_act.tables",
+    "depthwise_conv.triton",
+    "pointwise_conv.triton",
+    "se_residual.triton",
+)
 MODULES += "residual_normal.triton", "logistic_mixture.triton"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
@@ -35,9 +43,9 @@ KINDS = {
     "total_ptr": "fp64",
 }
 REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
-REALS |= {"eps", "share", "keep", "rate", "var_rate", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
+REALS |= {"eps", "share", "rate", "unbiased", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
-CONSTANTS |= dict(LOG_BETA1=-0.1, NEAR=True, DECAY=True)
+CONSTANTS |= dict(AVERAGE=True, APPLIED=True, LOG_BETA1=-0.1, NEAR=True, DECAY=True)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
 JOIN = "parts_ptr", "tickets_ptr"
 DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
@@ -53,7 +61,8 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
     ],
 }
 ABSENT = {  # which pointers a launcher may leave out
-    "bn_act_coefficients_kernel": [("weight_ptr",), ("bias_ptr",), ("weight_ptr", "bias_ptr")],
+    "bn_act_coefficients_kernel": [("weight_ptr",), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
+    "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
     "depthwise_conv_fwd_kernel": [("parts_ptr",)],
     "depthwise_conv_dweight_kernel": [("y_ptr", "c_ptr", "g_ptr")],
     "depthwise_conv_du_kernel": [("x_ptr", "bn_ptr", "parts_ptr")],
@@ -180,7 +189,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
 
 def _joins(ptx: str) -> list[dict[str, bool]]:
     """Of each ticket that the kernel draws: whether all threads have stored before, whether it is ordered with what every other
-    multiprocessor does, and whether what is read behind it is read past the first-level cache."""
+    multiprocessor does, and whether what is read behind it first, the parts, is read past the first-level cache."""
     found = []
     before, *behind = re.split(r"(?=@\S+ atom\.global[\w.]*\.add)", ptx)
     for text in behind:
@@ -188,7 +197,7 @@ def _joins(ptx: str) -> list[dict[str, bool]]:
             "stored": "bar.sync" in re.split(r"st\.global", before)[-1],
             "ordered": "atom.global.gpu.acq_rel.add" in text.split("\n")[0],
             "past": "ld.global.cg" in text,
-            "fresh": not re.search(r"ld\.global(?!\.cg)", text),
+            "fresh": re.search(r"ld\.global\S*", text)[0].startswith("ld.global.cg."),
         })  # fmt: skip
         before = text
     return found
@@ -210,7 +219,7 @@ if __name__ == "__main__":
     rows = []
     for module in MODULES:
         for name, kernel in vars(importlib.import_module(f"nvae_fast.kernels.{module}")).items():
-            if name.startswith(module.strip("_").removesuffix(".triton")) and name.endswith("_kernel"):
+            if name.startswith(module.strip("_").split(".")[0]) and name.endswith("_kernel"):
                 kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
                 kinds = ("fp32", "fp16") if {*STORED, "STORED"} & set(kernel.arg_names) else ("fp32",)
                 if name.startswith("flow_cell"):  # whose products take seconds to compile

@@ -25,7 +25,7 @@ DRAWS = 2  # a single draw of the plain op's error says little where a result ha
 OPS = {
     "adamax": ["adamax_flat_squares", "adamax_flat_step_"],
     "conv2d": [],
-    "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "move", "fwd", "sums", "bwd", "affine_")],
+    "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "fwd", "sums", "bwd", "affine_")],
     "depthwise_conv": ["depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_"],
     "inverted_residual": [],
     "flow_cell": ["flow_cell_fwd", "flow_cell_bwd"],

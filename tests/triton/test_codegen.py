@@ -13,7 +13,8 @@ import pytest
 
 PRODUCTS = tuple(f"pointwise_conv_{name}_kernel" for name in ("fwd", "du", "dweight"))
 
-JOINING = {"bn_act_stats_kernel", "bn_act_sums_kernel", "se_residual_fwd_kernel"}  # what their programs leave
+JOINING = {f"bn_act_{name}_kernel" for name in ("stats", "sums")} | {"se_residual_fwd_kernel"}  # what their programs leave
+JOINING |= {f"{op}_conv_{name}_kernel" for op in ("depthwise", "pointwise") for name in ("fwd", "du")}
 OF_IMAGES = {f"se_residual_{name}_kernel" for name in ("gate", "dgate")}  # what the programs of an image leave
 
 
@@ -35,7 +36,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_both_architectures(rows):
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 46
+    assert len(kernels) == 44
     assert {(row["kernel"], row["arch"]) for row in rows} == {(name, arch) for name in kernels for arch in (80, 90)}
 
 
@@ -47,8 +48,14 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
         if row["kernel"].startswith("se_residual"):  # tables of images and of parameters
             for width in ("32", "64"):
                 row["loads"].pop(width, 0), row["stores"].pop(width, 0)
-        if "_conv_" in row["kernel"]:  # tables, a value a thread: at most three of them, three times ahead; sums on the way out
-            assert row["loads"].pop("32", 0) <= 9 and row["stores"].pop("32", 0) <= 4, row
+        if "_conv_" in row["kernel"]:  # tables, a value a thread: at most three of them, three times ahead; sums and tables out
+            assert row["loads"].pop("32", 0) <= 10 and row["stores"].pop("32", 0) <= 13, row
+        if row["kernel"] == "bn_act_sums_kernel":  # 1 / sigma, of the last program
+            assert row["loads"].pop("32", 0) <= 1, row
+        if row["kernel"] == "bn_act_fwd_kernel" and "w_ptr" not in row.get("absent", ()):  # a weight, value by value
+            row["loads"] = {"128": row["loads"]["128"]}
+            row["stores"] = {"128": row["stores"]["128"]}
+            read.remove("w_ptr")
         if row["kernel"] == "depthwise_conv_dweight_kernel":  # a tile of 8 pixels is 4 values a thread
             for widths in (w for w in (row["loads"], row["stores"]) if "64" in w):
                 widths["128"] = widths.get("128", 0) + widths.pop("64")

@@ -12,7 +12,7 @@ from nvae_fast.kernels import _triton
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from nvae_fast.kernels._join import arrive, join, join_stats, join_sums, joined_stats, joined_sums  # noqa: E402
+from nvae_fast.kernels._join import arrive, join, join_sums, joined_stats, joined_sums  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 ROWS = 7  # of a task
@@ -25,13 +25,9 @@ def parts_of(tasks, last=ROWS, channels=5):
     return x + 30, torch.stack(parts).float()
 
 
-@pytest.mark.parametrize("last", [7, 3])
 @pytest.mark.parametrize("tasks", [1, 33, 128, 129, 300])
-def test_tasks_of_seven_values_of_which_the_last_may_have_fewer(tasks, last):
-    x, parts = parts_of(tasks, last)
-    mean, var = join_stats(parts, len(x), ROWS)
-    torch.testing.assert_close(mean.double(), x.mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), x.var(0, correction=0), rtol=1e-6, atol=0)
+def test_sums_of_tasks_by_a_launch_of_their_own(tasks):
+    _, parts = parts_of(tasks)
     torch.testing.assert_close(join_sums(parts).double(), parts.double().sum(0), rtol=2e-7, atol=0)
     assert torch.equal(join_sums(parts, torch.float16), join_sums(parts).half())
 

@@ -72,7 +72,7 @@ def test_what_is_counted_is_launched(launches, monkeypatch, work):
 
 
 def test_the_count_of_a_small_preset():
-    """Ours is a cell's 21 and 29 launches, and the rest; the plain model's several times that."""
+    """Ours is a cell's 12 and 17 launches, and the rest; the plain model's several times that."""
     ours, plain = count(SMALL, precision="fp32", batch=2)
     model = NVAE(SMALL)
     branches = sum(isinstance(m, InvertedResidual) for m in model.modules())

@@ -78,8 +78,8 @@ def test_the_backward_of_a_normalisation_behind(within_budget, shape):
         centred = leaves[0].detach() - bn[0].to(dtype)[:, None, None]
         return u.grad, leaves[1].grad, torch.stack((u.grad.sum((0, 2, 3)), (u.grad * centred).sum((0, 2, 3))))
 
-    got = torch.ops.nvae_fast.pointwise_conv_bwd(dy, y, c, x, bn, act, w)
-    for ours, theirs, truth in zip(got, plain(torch.float32), plain(torch.float64), strict=True):
+    *got, table = torch.ops.nvae_fast.pointwise_conv_bwd(dy, y, c, x, bn, act, w)
+    for ours, theirs, truth in zip((*got, table[:2]), plain(torch.float32), plain(torch.float64), strict=True):
         within_budget(ours, theirs, truth)
 
 
