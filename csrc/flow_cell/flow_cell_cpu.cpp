@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy
   TORCH_CHECK(dy.sizes() == z.sizes() && dy.device().is_cpu() && is_float(dy), "flow_cell: a gradient of shape ", dy.sizes(),
               " and type ", dy.scalar_type(), " does not fit");
   const auto f32 = z.options().dtype(at::kFloat);
-  const Tensor dz = at::empty_like(z), d_in = at::zeros(w_in.sizes(), f32), d_dw = at::zeros(w_dw.sizes(), f32);
+  const Tensor dz = at::empty_like(z), d_in = at::zeros_like(w_in, f32), d_dw = at::zeros(w_dw.sizes(), f32);
   const Tensor d_out = at::zeros(w_out.sizes(), f32), d_bias = at::zeros(bias_out.sizes(), f32);
   if (z.numel()) {
     const Tensor g = wide(dy), x = wide(z), target = wide_like(dz);
@@ -144,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy
     for (int64_t i = 0; i < e; i++) {
       const float* of = sum + i / L * rows * L + i % L;
       for (int64_t j = 0; j < c; j++) {
-        for (int64_t t = 0; t < 9; t++) to_in[(i * c + j) * 9 + t] = of[(t * c + j) * L];
+        for (int64_t t = 0; t < 9; t++)
+          to_in[i * d_in.stride(0) + j * d_in.stride(1) + t / 3 * d_in.stride(2) + t % 3 * d_in.stride(3)] = of[(t * c + j) * L];
         to_out[j * e + i] = -of[(9 * c + 25 + j) * L];
       }
       for (int64_t t = 0; t < 25; t++) to_dw[i * 25 + t] = of[(9 * c + t) * L];

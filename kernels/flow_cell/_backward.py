@@ -1,6 +1,7 @@
-"""The backward kernels of flow_cell on a GPU (layouts: _device.py). A task is TILES tiles; its sums over pixels are rows:
+"""The backward kernels of flow_cell on a GPU (layouts: _device.py). A program has a block of BLOCK_E hidden channels all the
+way, so that its maps are [SPACE, BLOCK_E]; the second kernel adds what adds up over blocks or over tiles:
 
-parts_in [tasks, 9 Z, PITCH]: of w_in    parts [tasks, 25 + Z + 1, WIDTH]: of w_dw, w_out, bias
+dz_parts [blocks, pixels, Z]    parts [tasks, 10 Z + 26, WIDTH]: rows of w_in (tap by tap), w_dw, w_out, bias
 """
 
 from __future__ import annotations
@@ -8,122 +9,181 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels._tile import multiple, offset_of
 from nvae_fast.kernels.flow_cell._device import (
+    area_of,
+    corner,
     depthwise,
     elu,
+    first_conv,
+    live_taps,
     load_channels,
-    load_moved,
-    load_near,
+    load_hidden,
+    load_in,
+    load_out,
     locate,
+    reach,
+    size_of,
     slope,
-    store_channels,
     store_hidden,
+    take_taps,
+    within,
 )
 
 
 @triton.jit
-def flow_cell_da2_kernel(dy_ptr, h1_ptr, w_dw_ptr, w_out_ptr, live_table, da2_ptr, parts_ptr, IMAGES, H, W, Z, TILES, LAST,
-                         WIDTH, PRECISION: tl.constexpr, WIDE: tl.constexpr, PITCH: tl.constexpr, PIXELS: tl.constexpr,
-                         TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """da2 = -(w_out^T dy) elu'(elu(a2)) elu'(a2), a2 = depthwise5x5(h1); the gradients of w_out and bias."""
-    task, c = tl.program_id(0), tl.arange(0, BLOCK_Z)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    d_out = tl.zeros([BLOCK_Z, BLOCK_E], tl.float32)
-    d_bias = tl.zeros([BLOCK_Z], tl.float32)
-    for tile in range(task * TILES, tl.minimum(task * TILES + TILES, LAST)):
-        m, h, w, inside = locate(tile, IMAGES, H, W, WIDE, PIXELS, TILE_H, TILE_W)
-        g = load_channels(dy_ptr, m, inside, c, Z)
-        a2 = depthwise(h1_ptr, w_dw_ptr, live_table, m, h, w, inside, e, H, W, PITCH, BLOCK_E)
-        inner = elu(a2)
-        h2 = elu(inner)
-        weight = tl.load(w_out_ptr + e[None, :] * BLOCK_Z + c[:, None])
-        dh2 = tl.dot(g, weight, input_precision=PRECISION)
-        store_hidden(da2_ptr, m, inside, e, -dh2 * slope(inner, h2) * slope(a2, inner), PITCH)
-        d_bias += tl.sum(g, 0)
-        d_out = tl.dot(tl.trans(g), h2, d_out, input_precision=PRECISION)
-    rows = parts_ptr + (task * (25 + Z + 1) + 25) * WIDTH
-    tl.store(rows + c[:, None] * WIDTH + e[None, :], -d_out, mask=(c < Z)[:, None])
-    tl.store(rows + Z * WIDTH + c, -d_bias, mask=tl.program_id(1) == 0)
+def add_to(ptr, value, mask, again):
+    """The same thread reads and writes a value, tile after tile."""
+    tl.store(ptr, tl.load(ptr, mask=mask & again, other=0.0) + value, mask=mask)
 
 
 @triton.jit
-def flow_cell_da1_kernel(da2_ptr, h1_ptr, w_dw_ptr, live_table, parts_ptr, IMAGES, H, W, Z, TILES, LAST, WIDTH,
-                         WIDE: tl.constexpr, PITCH: tl.constexpr, PIXELS: tl.constexpr, TILE_H: tl.constexpr,
-                         TILE_W: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """da1 = elu'(a1) times the depthwise backward of da2, in the place of h1; the gradient of w_dw, dead taps too."""
-    task, e = tl.program_id(0), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    taps = tl.arange(0, 32)
-    d_dw = tl.zeros([32, BLOCK_E], tl.float32)
-    for tile in range(task * TILES, tl.minimum(task * TILES + TILES, LAST)):
-        m, h, w, inside = locate(tile, IMAGES, H, W, WIDE, PIXELS, TILE_H, TILE_W)
-        h1 = load_moved(h1_ptr, m, h, w, inside, 0, 0, e, H, W, PITCH)
-        dh1 = tl.zeros([PIXELS, BLOCK_E], tl.float32)
-        for t in range(25):
-            da2 = load_moved(da2_ptr, m, h, w, inside, 2 - t // 5, 2 - t % 5, e, H, W, PITCH)
-            d_dw += tl.where((taps == t)[:, None], tl.sum(h1 * da2, 0)[None, :], 0.0)
-            if tl.load(live_table + 9 + t) != 0:
-                dh1 += da2 * tl.load(w_dw_ptr + t * PITCH + e)[None, :]
-        store_hidden(h1_ptr, m, inside, e, dh1 * slope(h1, h1), PITCH)
-    rows = parts_ptr + task * (25 + Z + 1) * WIDTH
-    tl.store(rows + taps[:, None] * WIDTH + e[None, :], d_dw, mask=(taps < 25)[:, None])
+def add_taps(parts, h1_ptr, da2_ptr, start, area, home, e, again, H, W, Z, WIDTH, PIXELS: tl.constexpr, PITCH: tl.constexpr):
+    """The gradient of w_dw from the pixels of a tile, dead taps too, five sums at a time: there are registers for those."""
+    column = tl.arange(0, PITCH)
+    for down in range(5):
+        sums = tl.zeros([PIXELS, PITCH], tl.float32)
+        s0, s1, s2, s3, s4 = sums, sums, sums, sums, sums
+        for i0 in range(0, size_of(area), PIXELS):
+            m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], area, home, H, W, False)
+            da2 = load_hidden(da2_ptr, row, inside, column, PITCH)
+            row += (down - 2) * home[4]
+            h += down - 2
+            s0 += da2 * load_hidden(h1_ptr, row - 2, within(inside, h, w - 2, H, W), column, PITCH)
+            s1 += da2 * load_hidden(h1_ptr, row - 1, within(inside, h, w - 1, H, W), column, PITCH)
+            s2 += da2 * load_hidden(h1_ptr, row, within(inside, h, w, H, W), column, PITCH)
+            s3 += da2 * load_hidden(h1_ptr, row + 1, within(inside, h, w + 1, H, W), column, PITCH)
+            s4 += da2 * load_hidden(h1_ptr, row + 2, within(inside, h, w + 2, H, W), column, PITCH)
+        to = parts + (9 * Z + 5 * down) * WIDTH + e
+        add_to(to, tl.sum(s0, 0), e >= 0, again)
+        add_to(to + WIDTH, tl.sum(s1, 0), e >= 0, again)
+        add_to(to + 2 * WIDTH, tl.sum(s2, 0), e >= 0, again)
+        add_to(to + 3 * WIDTH, tl.sum(s3, 0), e >= 0, again)
+        add_to(to + 4 * WIDTH, tl.sum(s4, 0), e >= 0, again)
 
 
 @triton.jit
-def flow_cell_dz_kernel(dy_ptr, da1_ptr, w_in_ptr, live_table, dz_ptr, IMAGES, H, W, Z, PRECISION: tl.constexpr,
-                        WIDE: tl.constexpr, PITCH: tl.constexpr, PIXELS: tl.constexpr, TILE_H: tl.constexpr,
-                        TILE_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """dz = dy + the transposed 3x3 convolution of da1."""
-    m, h, w, inside = locate(tl.program_id(0), IMAGES, H, W, WIDE, PIXELS, TILE_H, TILE_W)
-    c = tl.arange(0, BLOCK_Z)
-    total = tl.zeros([PIXELS, BLOCK_Z], tl.float32)
-    for t in range(9):
-        if tl.load(live_table + t) != 0:
-            for e0 in range(0, PITCH, BLOCK_E):
-                e = e0 + tl.arange(0, BLOCK_E)
-                da1 = load_moved(da1_ptr, m, h, w, inside, 1 - t // 3, 1 - t % 3, e, H, W, PITCH)
-                weight = tl.load(w_in_ptr + (t * Z + c)[None, :] * PITCH + e[:, None], mask=(c < Z)[None, :], other=0.0)
-                total = tl.dot(da1, weight, total, input_precision=PRECISION)
-    store_channels(dz_ptr, m, inside, c, Z, load_channels(dy_ptr, m, inside, c, Z) + total)
+def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_parts_ptr, parts_ptr, h1_ptr, taps_ptr, IMAGES, H, W,
+                         Z, E, TILES, SPACE, WIDTH, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+                         PIXELS: tl.constexpr, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+                         BLOCK_Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+    """A block's share of dz - dy; its gradients of the weights from a task's tiles, every TASKS-th."""
+    task, block, tasks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    c, column, Z = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_E), multiple(Z, UNIT)
+    own = task.to(tl.int64) * tl.num_programs(1) + block
+    h1_ptr += own * 2 * SPACE * BLOCK_E
+    da2_ptr = h1_ptr + SPACE * BLOCK_E
+    taps_ptr += own * 32 * BLOCK_E
+    parts = parts_ptr + task.to(tl.int64) * (10 * Z + 26) * WIDTH
+    e = block * BLOCK_E + column
+    live_in = live_taps(w_in_ptr, block * BLOCK_E, tl.minimum(block * BLOCK_E + BLOCK_E, E), Z)
+    live = take_taps(w_dw_ptr, taps_ptr, e, column, E, BLOCK_E)
+    above, below = reach(live)
+    above_in, below_in = tl.where(live_in >> 6 != 0, 1, 0), tl.where(live_in & 7 != 0, 1, 0)  # of the transposed one
+    for tile in range(task, TILES, tasks):
+        again = tile != task
+        start = corner(tile, H, W, TILE_N, TILE_H, TILE_W)
+        most, least = tl.maximum(above_in + below + above, 2), tl.maximum(below_in + above + below, 2)
+        home = area_of(start, most, least, 5, IMAGES, H, W, TILE_N, TILE_H, TILE_W)
+
+        for i0 in range(0, size_of(home), PIXELS):
+            m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], home, home, H, W, WIDE)
+            a1 = first_conv(z_ptr, w_in_ptr, live_in, m, h, w, inside, e, H, W, Z, E, PRECISION, BLOCK_K)
+            store_hidden(h1_ptr, row, inside, column, elu(a1), BLOCK_E)
+        tl.debug_barrier()
+
+        of_da2 = area_of(start, above_in + below, below_in + above, 3, IMAGES, H, W, TILE_N, TILE_H, TILE_W)
+        d_out = tl.zeros([BLOCK_Z, BLOCK_E], tl.float32)
+        d_bias = tl.zeros([BLOCK_Z], tl.float32)
+        for i0 in range(0, size_of(of_da2), PIXELS):
+            m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], of_da2, home, H, W, WIDE)
+            a2 = depthwise(h1_ptr, taps_ptr, live, row, h, w, inside, column, home[4], H, W, 1, BLOCK_E)
+            inner = elu(a2)
+            h2 = elu(inner)
+            g = load_channels(dy_ptr, m, inside, c, Z)
+            dh2 = tl.dot(g, load_out(w_out_ptr, e, c, E, Z), input_precision=PRECISION)
+            store_hidden(da2_ptr, row, inside, column, -dh2 * slope(inner, h2) * slope(a2, inner), BLOCK_E)
+            mine = inside & (h >= start[1]) & (h < start[1] + TILE_H) & (w >= start[2]) & (w < start[2] + TILE_W)
+            g = tl.where(mine[:, None], g, 0.0)
+            d_bias += tl.sum(g, 0)
+            d_out = tl.dot(tl.trans(g), tl.where(mine[:, None], h2, 0.0), d_out, input_precision=PRECISION)
+        rows = parts + (9 * Z + 25) * WIDTH
+        add_to(rows + c[:, None] * WIDTH + e[None, :], -d_out, (c < Z)[:, None], again)
+        add_to(rows + Z * WIDTH + c, -d_bias, (c < Z) & (block == 0), again)
+        tl.debug_barrier()
+
+        area = area_of(start, 0, 0, 0, IMAGES, H, W, TILE_N, TILE_H, TILE_W)
+        add_taps(parts, h1_ptr, da2_ptr, start, area, home, e, again, H, W, Z, WIDTH, PIXELS, BLOCK_E)
+        tl.debug_barrier()
+
+        of_da1 = area_of(start, above_in, below_in, 1, IMAGES, H, W, TILE_N, TILE_H, TILE_W)
+        for i0 in tl.range(0, size_of(of_da1), PIXELS, disable_licm=True):  # da1, in the place of h1
+            m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], of_da1, home, H, W, False)
+            h1 = load_hidden(h1_ptr, row, inside, column, BLOCK_E)
+            dh1 = depthwise(da2_ptr, taps_ptr, live, row, h, w, inside, column, home[4], H, W, -1, BLOCK_E)
+            store_hidden(h1_ptr, row, inside, column, dh1 * slope(h1, h1), BLOCK_E)
+        tl.debug_barrier()
+
+        for i0 in range(0, size_of(area), PIXELS):
+            m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], area, home, H, W, WIDE)
+            total = tl.zeros([PIXELS, BLOCK_Z], tl.float32)
+            for t in range(9):
+                if live_in >> t & 1 != 0:
+                    dh, dw = 1 - t // 3, 1 - t % 3
+                    seen = within(inside, h + dh, w + dw, H, W)
+                    da1 = load_hidden(h1_ptr, row + (dh * home[4] + dw), seen, column, BLOCK_E)
+                    weight = load_in(w_in_ptr, t, e, c, E, Z)
+                    total = tl.dot(da1, weight, total, input_precision=PRECISION)
+            at = (offset_of(block, WIDE) * IMAGES * H * W + m)[:, None] * Z + c[None, :]
+            tl.store(dz_parts_ptr + at, total, mask=inside[:, None] & (c < Z)[None, :])
+        for t in tl.range(9, disable_licm=True):  # the gradient of w_in, dead taps too
+            dh, dw = t // 3 - 1, t % 3 - 1
+            for c0 in range(0, Z, BLOCK_K):
+                k = c0 + tl.arange(0, BLOCK_K)
+                d_in = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+                for i0 in range(0, size_of(area), PIXELS):
+                    m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], area, home, H, W, WIDE)
+                    seen = within(inside, h + dh, w + dw, H, W)
+                    near = load_channels(z_ptr, m + (dh * W + dw), seen, k, Z)
+                    da1 = load_hidden(h1_ptr, row, seen, column, BLOCK_E)
+                    d_in = tl.dot(tl.trans(near), da1, d_in, input_precision=PRECISION)
+                add_to(parts + (t * Z + k)[:, None] * WIDTH + e[None, :], d_in, (k < Z)[:, None], again)
+        tl.debug_barrier()
 
 
 @triton.jit
-def flow_cell_dw_kernel(z_ptr, da1_ptr, parts_in_ptr, IMAGES, H, W, Z, TILES, LAST, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-                        PITCH: tl.constexpr, PIXELS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                        BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """The gradient of w_in, dead taps too; a program has one row of the kernel."""
-    task, e = tl.program_id(0), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    row, k = tl.program_id(2) % 3, tl.program_id(2) // 3 * BLOCK_K + tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
-    for tile in range(task * TILES, tl.minimum(task * TILES + TILES, LAST)):
-        m, h, w, inside = locate(tile, IMAGES, H, W, WIDE, PIXELS, TILE_H, TILE_W)
-        da1 = load_moved(da1_ptr, m, h, w, inside, 0, 0, e, H, W, PITCH)
-        near = load_near(z_ptr, None, m, h, w, inside, row - 1, k, H, W, Z, True)
-        total = tl.dot(tl.trans(near), da1, total, input_precision=PRECISION)
-    at = (task * 9 * Z + row * 3 * Z + k)[:, None] * PITCH + e[None, :]
-    tl.store(parts_in_ptr + at, total, mask=(k < 3 * Z)[:, None])
-
-
-@triton.jit
-def flow_cell_join_kernel(parts_in_ptr, parts_ptr, d_in_ptr, d_dw_ptr, d_out_ptr, d_bias_ptr, Z, E, TASKS_IN, TASKS, WIDTH,
-                          PITCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """A program adds one row over the tasks, in float64 and in order, and puts it where its gradient wants it."""
-    row, e = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    of_in = row < 9 * Z
-    first = parts_in_ptr + row * PITCH if of_in else parts_ptr + (row - 9 * Z) * WIDTH
-    step = 9 * Z * PITCH if of_in else (25 + Z + 1) * WIDTH
-    tasks = TASKS_IN if of_in else TASKS
-    columns = PITCH if of_in else WIDTH
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(0, tasks, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        mask = (t < tasks)[:, None] & (e < columns)[None, :]
-        total += tl.load(first + t.to(tl.int64)[:, None] * step + e[None, :], mask=mask, other=0.0).to(tl.float64)
-    value = tl.sum(total, 0).to(tl.float32)
-    if of_in:
-        tl.store(d_in_ptr + (e * Z + row % Z) * 9 + row // Z, value.to(d_in_ptr.dtype.element_ty), mask=e < E)
-    elif row < 9 * Z + 25:
-        tl.store(d_dw_ptr + e * 25 + (row - 9 * Z), value.to(d_dw_ptr.dtype.element_ty), mask=e < E)
-    elif row < 10 * Z + 25:
-        tl.store(d_out_ptr + (row - 9 * Z - 25) * E + e, value.to(d_out_ptr.dtype.element_ty), mask=e < E)
+def flow_cell_join_kernel(dy_ptr, dz_parts_ptr, parts_ptr, dz_ptr, d_in_ptr, d_dw_ptr, d_out_ptr, d_bias_ptr, ELEMENTS, BLOCKS,
+                          Z, E, I0, I1, I2, I3, TASKS, WIDTH, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
+                          BLOCK_C: tl.constexpr):  # fmt: skip
+    """The first programs add a row of `parts` each, over the tasks, in float64 and in order, and put it where its gradient
+    wants it (I: strides of that of w_in); the others add up dz."""
+    across = tl.cdiv(WIDTH, BLOCK_C)
+    row, e = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    if row < 10 * Z + 26:
+        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
+        for t0 in range(0, TASKS, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            at = (t.to(tl.int64) * (10 * Z + 26) + row)[:, None] * WIDTH + e[None, :]
+            total += tl.load(parts_ptr + at, mask=(t < TASKS)[:, None] & (e < WIDTH)[None, :], other=0.0).to(tl.float64)
+        value = tl.sum(total, 0).to(tl.float32)
+        if row < 9 * Z:
+            tl.store(
+                d_in_ptr + e * I0 + (row % Z * I1 + row // Z // 3 * I2 + row // Z % 3 * I3),
+                value.to(d_in_ptr.dtype.element_ty),
+                mask=e < E,
+            )
+        elif row < 9 * Z + 25:
+            tl.store(d_dw_ptr + e * 25 + (row - 9 * Z), value.to(d_dw_ptr.dtype.element_ty), mask=e < E)
+        elif row < 10 * Z + 25:
+            tl.store(d_out_ptr + (row - 9 * Z - 25) * E + e, value.to(d_out_ptr.dtype.element_ty), mask=e < E)
+        else:
+            tl.store(d_bias_ptr + e, value.to(d_bias_ptr.dtype.element_ty), mask=e < Z)
     else:
-        tl.store(d_bias_ptr + e, value.to(d_bias_ptr.dtype.element_ty), mask=e < Z)
+        i = offset_of(tl.program_id(0) - (10 * Z + 26) * across, WIDE) * BLOCK + tl.arange(0, BLOCK)
+        dz = tl.zeros([BLOCK], tl.float32)
+        at = dz_parts_ptr + i
+        for _ in range(BLOCKS):
+            dz += tl.load(at, mask=i < ELEMENTS, other=0.0)
+            at += ELEMENTS
+        dz += tl.load(dy_ptr + i, mask=i < ELEMENTS, other=0.0).to(tl.float32)
+        tl.store(dz_ptr + i, dz.to(dz_ptr.dtype.element_ty), mask=i < ELEMENTS)

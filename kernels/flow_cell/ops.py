@@ -26,8 +26,8 @@ def _forward_shape(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_ou
 
 
 @torch.library.register_fake("nvae_fast::flow_cell_bwd")
-def _backward_shapes(dy: Tensor, z: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(z), *(w.new_empty(w.shape) for w in weights)
+def _backward_shapes(dy: Tensor, z: Tensor, w_in: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(z), torch.empty_like(w_in), *(w.new_empty(w.shape) for w in others)
 
 
 class FlowCell(torch.autograd.Function):

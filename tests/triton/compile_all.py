@@ -32,7 +32,7 @@ MODULES += "residual_normal.triton", "logistic_mixture.triton"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
-STORED |= {"h1_ptr", "da1_ptr", "da2_ptr"}
+STORED |= {"h1_ptr"}
 KINDS = {
     "tickets_ptr": "i32",
     "rows_ptr": "i32",
@@ -91,8 +91,8 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
 }
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
-    "flow_cell": dict(PITCH=128, TILE_H=4, TILE_W=8, BLOCK_E=32, BLOCK_Z=32, BLOCK_K=32, BLOCK_T=16),
-    "flow_cell_da1": dict(num_warps=8),
+    "flow_cell": dict(PITCH=128, TILE_N=1, TILE_H=16, TILE_W=16, BLOCK_E=32, BLOCK_H=64, BLOCK_Z=32, BLOCK_K=32, num_warps=8),
+    "flow_cell_join": dict(BLOCK=1024, BLOCK_T=16, num_warps=4),
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),
@@ -130,9 +130,9 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
     names = kernel.arg_names
     constants = (
         CONSTANTS
+        | (dict(PRECISION="tf32", PIXELS=64) if storage == "bf16" else dict(PRECISION="bf16x6", PIXELS=32))
         | tile
         | {"WIDE": wide, "STORED": TYPES[storage]}
-        | (dict(PRECISION="tf32", PIXELS=64) if storage == "bf16" else dict(PRECISION="bf16x6", PIXELS=32))
         | dict.fromkeys(absent)
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
     )
@@ -158,7 +158,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    options = dict(num_warps=tile.get("num_warps", 4), num_stages=3)
+    options = dict(num_warps=tile.get("num_warps", 4), num_stages=1 if name.startswith("flow_cell") else 3)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = binary.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +223,10 @@ if __name__ == "__main__":
                 kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
                 kinds = ("fp32", "fp16") if {*STORED, "STORED"} & set(kernel.arg_names) else ("fp32",)
                 if name.startswith("flow_cell"):  # whose products take seconds to compile
-                    rows += [compiled(name, kernel, *pair) for pair in (("fp32", 80), ("fp32", 90), ("bf16", 90))]
+                    rows += [
+                        compiled(name, kernel, *pair, unit=4)
+                        for pair in (("fp32", 80), ("bf16", 80), ("fp32", 90), ("bf16", 90))
+                    ]
                     rows.append(compiled(name, kernel, "bf16", ones=True, wide=True) | dict(ones=True, wide=True))
                     continue
                 for storage in kinds:

@@ -36,7 +36,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_both_architectures(rows):
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 44
+    assert len(kernels) == 39
     assert {(row["kernel"], row["arch"]) for row in rows} == {(name, arch) for name in kernels for arch in (80, 90)}
 
 
@@ -97,8 +97,8 @@ def test_planes_are_read_and_written_four_values_at_a_time(rows):
 
 def test_hidden_maps_are_read_and_written_16_bytes_at_a_time(rows):
     """Those of flow_cell, whose images have too few channels for it."""
-    hidden = [row for row in rows if {"h1_ptr", "da1_ptr", "da2_ptr"} & set(row["images"])]
-    assert len(hidden) == 24 and all(row["loads"].get("128", 0) + row["stores"].get("128", 0) >= 2 for row in hidden)
+    hidden = [row for row in rows if "h1_ptr" in row["images"]]
+    assert len(hidden) == 10 and all(row["loads"].get("128", 0) >= 5 and row["stores"].get("128", 0) >= 2 for row in hidden)
 
 
 def test_aligned_rows_of_lists_are_read_and_written_16_bytes_at_a_time(rows):

@@ -1,4 +1,4 @@
-"""flow_cell's Triton kernels: values and every gradient against float64, layouts, chunks, NaN, dead taps, refusals."""
+"""flow_cell's Triton kernels: values and every gradient against float64, layouts, tiles, NaN, dead taps, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvae_fast.kernels.flow_cell import flow_cell, reference
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 # B, Z, E, H, W: tails of tiles and images, a pixel, more channels than a block of k, fewer hidden channels than a tile
-CASES = [((1, 3, 18, 9, 5), kind, FLOAT) for kind in WEIGHTS]
+CASES = [((1, 3, 6, 5, 4), kind, FLOAT) for kind in WEIGHTS]
 CASES += [((2, 5, 40, 3, 9), "masked", FLOAT), ((1, 12, 5, 2, 3), "mirrored", FLOAT), ((70, 1, 6, 1, 1), "dense", FLOAT)]
 CASES += [((2, 2, 12, 2, 5), "masked", HALF), ((2, 2, 12, 2, 5), "dense", BFLOAT)]
 
@@ -40,19 +40,41 @@ def test_float32_weights_and_an_input_of_16_bits(dtype, within_budget):
     check([args[0].to(dtype), *args[1:]], dy.to(dtype), within_budget)
 
 
-def test_chunks_of_images_and_reruns(monkeypatch, within_budget):
+@pytest.mark.parametrize("kind", ["masked", "mirrored"])
+def test_tiles_see_what_is_around_them_in_any_number_of_pieces_and_reruns(kind, monkeypatch, within_budget):
     from nvae_fast.kernels.flow_cell import triton
 
-    args, dy = make(3, 1, 6, 3, 4)
-    whole = run(args, dy, "triton")
-    assert same(whole, run(args, dy, "triton"))
-    monkeypatch.setattr(triton, "PIXELS", 32)
+    args, dy = make(1, 2, 6, 7, 5, kind=kind)
+    for name, value in dict(LEAST=4, MOST=(4, 4), TASKS=(3, 2), PIXELS=64).items():  # four tiles, two a program
+        monkeypatch.setattr(triton, name, value)
     check(args, dy, within_budget)
-    monkeypatch.setattr(triton, "SCRATCH", 2 * 3 * 4 * 16)  # two images, then one
+    assert same(run(args, dy, "triton"), run(args, dy, "triton"))
+
+
+def test_tiles_of_several_images(monkeypatch, within_budget):
+    from nvae_fast.kernels.flow_cell import triton
+
+    args, dy = make(5, 2, 12, 2, 3)
+    monkeypatch.setattr(triton, "LEAST", 4)  # two images of 2 x 4 pixels
     check(args, dy, within_budget)
-    monkeypatch.setattr(triton, "TASKS", 1)
-    monkeypatch.setattr(triton, "TASKS_IN", 1)
-    check(args, dy, within_budget)
+
+
+def test_the_gradient_of_w_in_is_laid_out_like_it():
+    """So that weight_norm need not copy it."""
+    args, dy = make(1, 2, 6, 2, 2)
+    plain = run(args, dy, "triton")
+    args[1] = args[1].contiguous(memory_format=torch.channels_last)
+    got = run(args, dy, "triton")
+    assert same(plain, got) and got[2].stride() == args[1].stride() != plain[2].stride() == (18, 9, 3, 1)
+
+
+def test_launches_of_a_cell(launches):
+    args, dy = make(1, 2, 6, 2, 2)
+    args[1] = args[1].contiguous(memory_format=torch.channels_last)
+    args[0], dy = (t.contiguous(memory_format=torch.channels_last) for t in (args[0], dy))
+    with launches() as names:
+        run(args, dy, "triton")
+    assert names == ["flow_cell_fwd_kernel", "flow_cell_bwd_kernel", "flow_cell_join_kernel"]
 
 
 def test_dead_taps_have_their_gradients():
@@ -77,7 +99,9 @@ def test_any_strides_and_64_bit_offsets_give_the_same_bits_and_strides_stay(monk
     one = torch.ones(()).expand_as(dy)
     assert same(run(args, one, "triton"), run(args, one.contiguous(), "triton"))
     ordinary = triton._plan
-    monkeypatch.setattr(triton, "_plan", lambda *t: (p := ordinary(*t))._replace(shared=p.shared | {"WIDE": True}))
+    monkeypatch.setattr(
+        triton, "_plan", lambda *t, **k: (p := ordinary(*t, **k))._replace(constants=p.constants | {"WIDE": True})
+    )
     assert same(plain, run(args, dy, "triton"))
 
 
