@@ -41,6 +41,7 @@ def test_wide_and_narrow_accesses_and_reruns_give_the_same_bits(monkeypatch):
     (values, grads), again = run("triton", HALF, of_weights="channels_last"), run("triton", HALF, of_weights="channels_last")
     monkeypatch.setattr(_lists, "aligned", lambda columns, *tensors: False)
     narrow = run("triton", HALF, of_weights="channels_last")
+    assert all(t.data_ptr() % 16 == 0 for t in (*values, *grads) if t is not None)
     for other in (again, narrow):
         for a, b in zip((*values, *grads), (*other[0], *other[1]), strict=True):
             assert a is b is None or torch.equal(a, b)
