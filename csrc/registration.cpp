@@ -38,6 +38,8 @@ TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
   m.impl("power_iteration_bwd", TORCH_FN(nvae::power_iteration::backward_cpu));
   m.impl("residual_normal_fwd", TORCH_FN(nvae::residual_normal::forward_cpu));
   m.impl("residual_normal_bwd", TORCH_FN(nvae::residual_normal::backward_cpu));
+  m.impl("normal_log_prob_fwd", TORCH_FN(nvae::residual_normal::log_prob_forward_cpu));
+  m.impl("normal_log_prob_bwd", TORCH_FN(nvae::residual_normal::log_prob_backward_cpu));
   m.impl("se_residual_fwd", TORCH_FN(nvae::se_residual::forward_cpu));
   m.impl("se_residual_bwd", TORCH_FN(nvae::se_residual::backward_cpu));
   m.impl("weight_norm_fwd", TORCH_FN(nvae::weight_norm::forward_cpu));

@@ -16,6 +16,7 @@ from nvae_fast.kernels.pointwise_conv import pointwise_conv
 from nvae_fast.kernels.power_iteration import power_iteration
 from nvae_fast.kernels.residual_normal import (
     ResidualNormalOutput,
+    latent_group,
     normal_log_prob,
     normal_params,
     normal_sample,
@@ -33,6 +34,7 @@ __all__ = [
     "depthwise_conv",
     "flow_cell",
     "inverted_residual",
+    "latent_group",
     "logistic_mixture_channels",
     "logistic_mixture_log_prob",
     "logistic_mixture_mean",

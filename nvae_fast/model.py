@@ -140,23 +140,16 @@ class NVAE(ModelFiles, nn.Module):
 
         def posterior(i: int, h: Tensor | None) -> Tensor:
             f = features[0] if i == 0 else combiners[i - 1](features[i], h)
-            mu_q, ls_q = self.enc_sampler[i](f).chunk(2, dim=1)
-            mu_p, ls_p = (None, None) if i == 0 else self.dec_sampler[i - 1](h).chunk(2, dim=1)
-            out = F.residual_normal(mu_q, ls_q, mu_p, ls_p, noise[i], residual=self.config.res_dist)
-            z, kl_i, log_p_i = out.z, out.kl, out.log_p
-            if self.config.num_nf:
-                for n in range(self.config.num_nf):
-                    z = self.nf_cells[i * self.config.num_nf + n](z)
-                if mu_p is None:
-                    mu_p = ls_p = torch.zeros_like(z)
-                log_p_i = F.normal_log_prob(z, mu_p, ls_p)
-                kl_i = out.log_q - log_p_i
-            kl.append(kl_i)
+            prior = None if i == 0 else self.dec_sampler[i - 1](h)
+            cells = self.nf_cells[i * self.config.num_nf : (i + 1) * self.config.num_nf]
+            flow = nn.Sequential(*cells) if cells else None
+            out = F.latent_group(self.enc_sampler[i](f), prior, noise[i], flow=flow, residual=self.config.res_dist)
+            kl.append(out.kl)
             log_q.append(out.log_q)
-            log_p.append(log_p_i)
+            log_p.append(out.log_p)
             if latents is not None:
-                latents.append(z)
-            return z
+                latents.append(out.z)
+            return out.z
 
         logits = self._top_down(posterior, features[0].shape[0])
         kl_groups = torch.stack(kl)  # [N, B, Z]

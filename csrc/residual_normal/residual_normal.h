@@ -19,8 +19,19 @@ struct Outputs {
 };
 
 struct Gradients {
-  const float *z, *kl, *log_q, *log_p;  // for each element, that of its row's sum
+  const float *z, *kl, *log_q, *log_p;     // for each element, that of its row's sum
+  const float *also_mu_p, *also_log_sigma_p;  // added to those of the prior; null: nothing is
   float *mu_q, *log_sigma_q, *mu_p, *log_sigma_p;
+};
+
+struct DensityInputs {
+  const float *z, *mu, *log_sigma;  // mu null: Normal(0, 0)
+  int n;                            // as above
+};
+
+struct DensityGradients {
+  const float *log_p, *kl;  // for each element, those of its row's sums; kl is log q - log p
+  float *z, *mu, *log_sigma;
 };
 
 }  // namespace nvae::residual_normal

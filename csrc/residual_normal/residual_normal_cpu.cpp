@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sub.h>
 
 #include <algorithm>
 
@@ -18,98 +19,7 @@ namespace {
 #define NVAE_KERNEL "residual_normal/residual_normal_kernel.h"
 #include "common/each_isa.h"
 
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// A [B, Z, h, w] tensor: base pointer and strides; a null pointer for an absent one.
-template <typename T>
-struct Image {
-  T* data = nullptr;
-  int64_t stride_b = 0, stride_z = 0, stride_h = 0, stride_w = 0, w = 1;
-
-  Image() = default;
-  explicit Image(const Tensor& t)
-      : data(t.data_ptr<std::remove_const_t<T>>()),
-        stride_b(t.stride(0)), stride_z(t.stride(1)), stride_h(t.stride(2)), stride_w(t.stride(3)),
-        w(std::max<int64_t>(t.size(3), 1)) {
-    if (stride_h == w * stride_w) w = std::max<int64_t>(t.size(2) * t.size(3), 1);  // the map is one line
-  }
-  explicit Image(const MaybeTensor& t) : Image(t ? Image(*t) : Image()) {}
-};
-
-// `pixels` pixels of `width` channels of an image, numbered [pixel][channel].
-struct Tile {
-  int64_t b, channel, start;
-  int width, pixels;
-
-  int size() const { return width * pixels; }
-  int padded() const { return (size() + kLanes - 1) / kLanes * kLanes; }
-};
-
-// f(element of the image, its number in the tile) for all elements of the tile.
-template <typename T, typename F>
-void visit(const Image<T>& image, const Tile& tile, const F& f) {
-  T* const base = image.data + tile.b * image.stride_b + tile.channel * image.stride_z;
-  const int64_t sz = image.stride_z, sw = image.stride_w;
-  const int width = tile.width;
-  for (int done = 0, run; done < tile.pixels; done += run) {
-    const int64_t column = (tile.start + done) % image.w;
-    run = static_cast<int>(std::min<int64_t>(image.w - column, tile.pixels - done));
-    T* const line = base + (tile.start + done) / image.w * image.stride_h + column * sw;
-    if (sz == 1) {
-      for (int p = 0; p < run; p++)
-        for (int c = 0; c < width; c++) f(line[p * sw + c], (done + p) * width + c);
-    } else {
-      for (int c = 0; c < width; c++)
-        for (int p = 0; p < run; p++) f(line[p * sw + c * sz], (done + p) * width + c);
-    }
-  }
-}
-
-// The tile's first element, where its pixels are stride_w apart; else null.
-template <typename T>
-T* straight(const Image<T>& image, const Tile& tile) {
-  const int64_t row = tile.start / image.w, column = tile.start % image.w;
-  if (column + tile.pixels > image.w) return nullptr;
-  return image.data + tile.b * image.stride_b + tile.channel * image.stride_z + row * image.stride_h + column * image.stride_w;
-}
-
-// Where the tile stands as whole vectors of floats in the order of its numbers; else null.
-template <typename T>
-T* in_place(const Image<T>& image, const Tile& tile) {
-  const bool dense = image.stride_w == tile.width && (tile.width == 1 || image.stride_z == 1);
-  return sizeof(T) == sizeof(float) && dense && tile.size() == tile.padded() ? straight(image, tile) : nullptr;
-}
-
-template <typename T>
-const float* load(const Image<const T>& image, const Tile& tile, float* scratch) {
-  if (!image.data) return nullptr;
-  if (const T* there = in_place(image, tile)) return reinterpret_cast<const float*>(there);
-  if constexpr (std::is_same_v<T, float>) {
-    const float* from = image.stride_z == 1 && tile.width >= kLanes ? straight(image, tile) : nullptr;
-    if (from) {
-      NVAE_SELECT(copy_pixels)(from, image.stride_w, tile.pixels, tile.width, scratch);
-      return scratch;
-    }
-  }
-  visit(image, tile, [&](const T& x, int i) { scratch[i] = static_cast<float>(x); });
-  return scratch;
-}
-
-// Where the kernel may put the tile: in place, or `scratch`, which `store` then copies out.
-template <typename T>
-float* target(const Image<T>& image, const Tile& tile, float* scratch) {
-  if (!image.data) return nullptr;
-  T* const there = in_place(image, tile);
-  return there ? reinterpret_cast<float*>(there) : scratch;
-}
-
-template <typename T>
-void store(const Image<T>& image, const Tile& tile, const float* values) {
-  if (image.data && !in_place(image, tile)) visit(image, tile, [&](T& x, int i) { x = static_cast<T>(values[i]); });
-}
-
-using Scratch = float (*)[kTile];
+#include "residual_normal/tiles.h"
 
 template <typename T>
 struct Parameters {
@@ -123,79 +33,37 @@ struct Parameters {
   }
 };
 
-// The work: one block of pixels of a group of channels of one image to a task. `width` channels share a task where a pixel's
-// channels are neighbours in memory, else a task has one.
-struct Plan {
-  int64_t batch, channels, area, width, groups, blocks;
-
-  explicit Plan(const Tensor& like)
-      : batch(like.size(0)), channels(like.size(1)), area(like.size(2) * like.size(3)), width(1), groups(channels) {
-    if (channels > 1 && like.stride(1) == 1) {
-      groups = (channels + kWidth - 1) / kWidth;
-      width = (channels + groups - 1) / groups;
-    }
-    blocks = (area + kBlock - 1) / kBlock;
-  }
-
-  // f(block, first tile of the task, scratch), in parallel, a few thousand elements at least to a thread.
-  template <typename F>
-  void run(const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, 4096 / (width * std::clamp<int64_t>(area, 1, kBlock)));
-    at::parallel_for(0, batch * groups * blocks, grain, [&](int64_t begin, int64_t end) {
-      alignas(64) float scratch[13][kTile];
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t block = i % blocks, channel = i / blocks % groups * width;
-        f(block, Tile{i / blocks / groups, channel, block * kBlock, static_cast<int>(std::min(width, channels - channel)), 0}, scratch);
-      }
-    });
-  }
-
-  // f(tile) for the tiles of a task.
-  template <typename F>
-  void tiles(Tile tile, const F& f) const {
-    const int64_t end = std::min<int64_t>(tile.start + kBlock, area), step = kWidth / tile.width * kLanes;
-    for (; tile.start < end; tile.start += step) {
-      tile.pixels = static_cast<int>(std::min(step, end - tile.start));
-      f(tile);
-    }
-  }
-};
-
-template <typename T>
-void forward(const Parameters<T>& in, const Tensor& z, const Tensor (&sums)[3]) {
-  const auto run = NVAE_SELECT(forward_tile);
+// sums[k] [B, Z] = the sums over space of terms[k], where f(tile, scratch, terms) leaves those of a tile's elements.
+template <int N, typename F>
+void sum_rows(const Plan& plan, const Tensor (&sums)[N], const F& f) {
   const auto add = NVAE_SELECT(add_tile);
   const auto join = NVAE_SELECT(join_lanes);
-  const Plan plan(z);
-  const Image<T> out(z);
   const int64_t rows = plan.batch * plan.channels;
   // Sums by block; with one block they are the results.
-  Tensor parts[3];
-  float* part[3];
-  for (int k = 0; k < 3; k++) {
+  Tensor parts[N];
+  float* part[N];
+  for (int k = 0; k < N; k++) {
     parts[k] = plan.blocks == 1 ? sums[k] : at::empty({plan.blocks, rows}, sums[k].options());
-    part[k] = parts[k].data_ptr<float>();
+    part[k] = parts[k].template data_ptr<float>();
   }
   plan.run([&](int64_t block, const Tile& task, Scratch scratch) {
-    alignas(64) float lanes[3][kTile];
+    alignas(64) float lanes[N][kTile], terms[N][kTile];
     for (float* row : lanes) std::fill_n(row, kLanes * task.width, 0.0f);
     plan.tiles(task, [&](const Tile& tile) {
-      const Outputs o{target(out, tile, scratch[5]), scratch[6], scratch[7], scratch[8]};
-      run(in.read(tile, scratch), o);
-      store(out, tile, o.z);
-      for (int k = 0; k < 3; k++) {
-        std::fill(scratch[6 + k] + tile.size(), scratch[6 + k] + tile.padded(), 0.0f);
-        add(scratch[6 + k], tile.size(), tile.width, lanes[k]);
+      f(tile, scratch, terms);
+      for (int k = 0; k < N; k++) {
+        std::fill(terms[k] + tile.size(), terms[k] + tile.padded(), 0.0f);
+        add(terms[k], tile.size(), tile.width, lanes[k]);
       }
     });
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < N; k++) {
       join(lanes[k], task.width);
       std::copy_n(lanes[k], task.width, part[k] + block * rows + task.b * plan.channels + task.channel);
     }
   });
   if (plan.blocks == 1) return;
-  for (int k = 0; k < 3; k++) {
-    float* to = sums[k].data_ptr<float>();
+  for (int k = 0; k < N; k++) {
+    float* to = sums[k].template data_ptr<float>();
     for (int64_t i = 0; i < rows; i++) {
       double sum = 0.0;
       for (int64_t block = 0; block < plan.blocks; block++) sum += part[k][block * rows + i];
@@ -204,33 +72,95 @@ void forward(const Parameters<T>& in, const Tensor& z, const Tensor (&sums)[3]) 
   }
 }
 
+alignas(64) const float kZeros[kTile] = {};
+
+// For each element of a tile of the task, that of its row in sums [B, Z]; zeros where there is none.
+const float* of_rows(const MaybeTensor& sums, const Plan& plan, const Tile& task, float* scratch) {
+  if (!sums) return kZeros;
+  const float* from = sums->const_data_ptr<float>() + task.b * sums->stride(0) + task.channel * sums->stride(1);
+  const int64_t pixels = std::min({plan.area, int64_t{kBlock}, int64_t{kWidth / task.width * kLanes}});
+  if (task.width == 1) std::fill_n(scratch, pixels, *from);
+  else
+    for (int c = 0; c < task.width; c++)
+      for (int64_t i = 0; i < pixels; i++) scratch[i * task.width + c] = from[c * sums->stride(1)];
+  return scratch;
+}
+
 template <typename T>
-void backward(const Parameters<T>& in, const MaybeTensor& dz, const MaybeTensor (&sums)[3], const std::vector<Tensor>& outputs) {
+void forward(const Parameters<T>& in, const Tensor& z, const Tensor (&sums)[3]) {
+  const auto run = NVAE_SELECT(forward_tile);
+  const Image<T> out(z);
+  sum_rows(Plan(z), sums, [&](const Tile& tile, Scratch scratch, Scratch terms) {
+    const Outputs o{target(out, tile, scratch[5]), terms[0], terms[1], terms[2]};
+    run(in.read(tile, scratch), o);
+    store(out, tile, o.z);
+  });
+}
+
+// `also`: what reaches the prior from elsewhere.
+template <typename T>
+void backward(const Parameters<T>& in, const MaybeTensor& dz, const MaybeTensor (&sums)[3], const MaybeTensor (&also)[2],
+              const Tensor (&outputs)[4]) {
   const auto run = NVAE_SELECT(backward_tile);
   const Plan plan(outputs[0]);
-  const Image<const T> dz_image(dz);
+  const Image<const T> dz_image(dz), also_image[2] = {Image<const T>(also[0]), Image<const T>(also[1])};
   Image<T> out[4];
-  for (size_t k = 0; k < outputs.size(); k++) out[k] = Image<T>(outputs[k]);
-  alignas(64) static const float zeros[kTile] = {};
+  for (int k = 0; k < 4; k++)
+    if (outputs[k].defined()) out[k] = Image<T>(outputs[k]);
   plan.run([&](int64_t, const Tile& task, Scratch scratch) {
     const float* rows[3];
-    for (int k = 0; k < 3; k++) {
-      rows[k] = sums[k] ? scratch[6 + k] : zeros;
-      if (!sums[k]) continue;
-      const float* from = sums[k]->const_data_ptr<float>() + task.b * sums[k]->stride(0) + task.channel * sums[k]->stride(1);
-      const int64_t pixels = std::min({plan.area, int64_t{kBlock}, int64_t{kWidth / task.width * kLanes}});
-      if (task.width == 1) std::fill_n(scratch[6 + k], pixels, *from);
-      else
-        for (int c = 0; c < task.width; c++)
-          for (int64_t i = 0; i < pixels; i++) scratch[6 + k][i * task.width + c] = from[c * sums[k]->stride(1)];
-    }
+    for (int k = 0; k < 3; k++) rows[k] = of_rows(sums[k], plan, task, scratch[6 + k]);
     plan.tiles(task, [&](const Tile& tile) {
       float* to[4];
       for (int k = 0; k < 4; k++) to[k] = target(out[k], tile, scratch[9 + k]);
-      run(in.read(tile, scratch), {dz ? load(dz_image, tile, scratch[5]) : zeros, rows[0], rows[1], rows[2], to[0], to[1], to[2], to[3]});
+      run(in.read(tile, scratch),
+          {dz ? load(dz_image, tile, scratch[5]) : kZeros, rows[0], rows[1], rows[2], load(also_image[0], tile, scratch[13]),
+           load(also_image[1], tile, scratch[14]), to[0], to[1], to[2], to[3]});
       for (int k = 0; k < 4; k++) store(out[k], tile, to[k]);
     });
   });
+}
+
+template <typename T>
+struct Density {
+  Image<const T> z, mu, log_sigma;
+
+  DensityInputs read(const Tile& tile, Scratch scratch) const {
+    return {load(z, tile, scratch[0]), load(mu, tile, scratch[1]), load(log_sigma, tile, scratch[2]), tile.padded()};
+  }
+};
+
+template <typename T>
+void log_prob_backward(const Density<T>& in, const MaybeTensor (&sums)[2], const Tensor (&outputs)[3]) {
+  const auto run = NVAE_SELECT(log_prob_backward_tile);
+  const Plan plan(outputs[0]);
+  Image<T> out[3];
+  for (int k = 0; k < 3; k++)
+    if (outputs[k].defined()) out[k] = Image<T>(outputs[k]);
+  plan.run([&](int64_t, const Tile& task, Scratch scratch) {
+    const float* rows[2];
+    for (int k = 0; k < 2; k++) rows[k] = of_rows(sums[k], plan, task, scratch[6 + k]);
+    plan.tiles(task, [&](const Tile& tile) {
+      float* to[3];
+      for (int k = 0; k < 3; k++) to[k] = target(out[k], tile, scratch[9 + k]);
+      run(in.read(tile, scratch), {rows[0], rows[1], to[0], to[1], to[2]});
+      for (int k = 0; k < 3; k++) store(out[k], tile, to[k]);
+    });
+  });
+}
+
+// Gradients of a pair mu and log sigma, added to `found`: one tensor each or, `joined`, the halves of one. Without a pair, none.
+void add_pair(std::vector<Tensor>& found, Tensor* halves, const MaybeTensor& mu, const MaybeTensor& log_sigma, bool joined) {
+  if (!mu) return;
+  if (!joined) {
+    found.push_back(halves[0] = at::empty_like(*mu));
+    found.push_back(halves[1] = at::empty_like(*log_sigma));
+    return;
+  }
+  const int64_t channels = mu->size(1);
+  const auto format = mu->stride(1) == 1 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  found.push_back(at::empty({mu->size(0), 2 * channels, mu->size(2), mu->size(3)}, mu->options(), format));
+  for (int k = 0; k < 2; k++) halves[k] = found.back().narrow(1, k * channels, channels);
 }
 
 template <typename F>
@@ -256,15 +186,23 @@ void check_parameters(const Tensor& mu_q, const Tensor& log_sigma_q, const Maybe
   check(mu_q, noise, at::kFloat);
 }
 
+void check_density(const Tensor& z, const MaybeTensor& mu, const MaybeTensor& log_sigma) {
+  TORCH_CHECK(z.dim() == 4, "normal_log_prob takes [B, Z, h, w], not ", z.sizes());
+  TORCH_CHECK(mu.has_value() == log_sigma.has_value(), "normal_log_prob takes both mu and log_sigma, or neither");
+  check(z, mu, z.scalar_type());
+  check(z, log_sigma, z.scalar_type());
+}
+
+// Float sums [B, Z].
+Tensor empty_sums(const Tensor& like) { return at::empty({like.size(0), like.size(1)}, like.options().dtype(at::kFloat)); }
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& mu_q, const Tensor& log_sigma_q,
                                                        const MaybeTensor& mu_p, const MaybeTensor& log_sigma_p,
                                                        const Tensor& noise, bool residual) {
   check_parameters(mu_q, log_sigma_q, mu_p, log_sigma_p, noise);
-  Tensor z = at::empty_like(mu_q);
-  Tensor sums[3];
-  for (Tensor& s : sums) s = at::empty({mu_q.size(0), mu_q.size(1)}, mu_q.options().dtype(at::kFloat));
+  const Tensor z = at::empty_like(mu_q), sums[3] = {empty_sums(mu_q), empty_sums(mu_q), empty_sums(mu_q)};
   with_dtype(mu_q, [&](auto tag) {
     using T = decltype(tag);
     forward(Parameters<T>{Image<const T>(mu_q), Image<const T>(log_sigma_q), Image<const T>(mu_p),
@@ -275,21 +213,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& mu_q, const
 }
 
 std::vector<Tensor> backward_cpu(const MaybeTensor& dz, const MaybeTensor& dkl, const MaybeTensor& dlog_q,
-                                 const MaybeTensor& dlog_p, const Tensor& mu_q, const Tensor& log_sigma_q,
-                                 const MaybeTensor& mu_p, const MaybeTensor& log_sigma_p, const Tensor& noise,
-                                 bool residual) {
+                                 const MaybeTensor& dlog_p, const MaybeTensor& dmu_p, const MaybeTensor& dlog_sigma_p,
+                                 const Tensor& mu_q, const Tensor& log_sigma_q, const MaybeTensor& mu_p,
+                                 const MaybeTensor& log_sigma_p, const Tensor& noise, bool residual, bool joined) {
   check_parameters(mu_q, log_sigma_q, mu_p, log_sigma_p, noise);
   check(mu_q, dz, mu_q.scalar_type());
-  std::vector<Tensor> grads{at::empty_like(mu_q), at::empty_like(log_sigma_q)};
-  if (mu_p) grads.push_back(at::empty_like(*mu_p)), grads.push_back(at::empty_like(*log_sigma_p));
-  const MaybeTensor sums[3] = {dkl, dlog_q, dlog_p};
+  TORCH_CHECK(dmu_p.has_value() == dlog_sigma_p.has_value() && (!dmu_p || mu_p),
+              "residual_normal takes both dmu_p and dlog_sigma_p, with a prior, or neither");
+  check(mu_q, dmu_p, mu_q.scalar_type());
+  check(mu_q, dlog_sigma_p, mu_q.scalar_type());
+  std::vector<Tensor> found;
+  Tensor grads[4];
+  add_pair(found, grads, mu_q, log_sigma_q, joined);
+  add_pair(found, grads + 2, mu_p, log_sigma_p, joined);
+  const MaybeTensor sums[3] = {dkl, dlog_q, dlog_p}, also[2] = {dmu_p, dlog_sigma_p};
   with_dtype(mu_q, [&](auto tag) {
     using T = decltype(tag);
     backward(Parameters<T>{Image<const T>(mu_q), Image<const T>(log_sigma_q), Image<const T>(mu_p),
                            Image<const T>(log_sigma_p), Image<const float>(noise), residual},
-             dz, sums, grads);
+             dz, sums, also, grads);
   });
-  return grads;
+  return found;
+}
+
+std::vector<Tensor> log_prob_forward_cpu(const Tensor& z, const MaybeTensor& mu, const MaybeTensor& log_sigma,
+                                         const MaybeTensor& log_q) {
+  check_density(z, mu, log_sigma);
+  const auto run = NVAE_SELECT(log_prob_forward_tile);
+  const Tensor sums[1] = {empty_sums(z)};
+  with_dtype(z, [&](auto tag) {
+    using T = decltype(tag);
+    const Density<T> in{Image<const T>(z), Image<const T>(mu), Image<const T>(log_sigma)};
+    sum_rows(Plan(z), sums, [&](const Tile& tile, Scratch scratch, Scratch terms) { run(in.read(tile, scratch), terms[0]); });
+  });
+  if (!log_q) return {sums[0]};
+  return {sums[0], at::sub(*log_q, sums[0])};
+}
+
+std::vector<Tensor> log_prob_backward_cpu(const MaybeTensor& dlog_p, const MaybeTensor& dkl, const Tensor& z, const MaybeTensor& mu,
+                                          const MaybeTensor& log_sigma, bool joined) {
+  check_density(z, mu, log_sigma);
+  std::vector<Tensor> found;
+  Tensor grads[3] = {at::empty_like(z)};
+  found.push_back(grads[0]);
+  add_pair(found, grads + 1, mu, log_sigma, joined);
+  const MaybeTensor sums[2] = {dlog_p, dkl};
+  with_dtype(z, [&](auto tag) {
+    using T = decltype(tag);
+    log_prob_backward(Density<T>{Image<const T>(z), Image<const T>(mu), Image<const T>(log_sigma)}, sums, grads);
+  });
+  return found;
 }
 
 }  // namespace nvae::residual_normal

@@ -51,16 +51,20 @@ struct Normal {
   alignas(64) float mu[kTile], sigma[kTile], dmu[kTile], dsigma[kTile];  // and the slopes of mu and sigma by the raw outputs
 };
 
+template <bool SLOPES>
+void normal(const float* mu, const float* log_sigma, int n, Normal& to) {
+  clamps<false, SLOPES>(mu, nullptr, n, to.mu, to.dmu);
+  clamps<false, SLOPES>(log_sigma, nullptr, n, to.sigma, to.dsigma);
+  sigmas<SLOPES>(n, to.sigma, to.dsigma);
+}
+
 // PRIOR: 0 none given, hence Normal(0, 0); 1 given; 2 given, and q is relative to it.
 template <int PRIOR, bool SLOPES>
 void normals(const Inputs& in, Normal& q, Normal& p) {
   clamps<PRIOR == 2, SLOPES>(in.mu_q, in.mu_p, in.n, q.mu, q.dmu);
   clamps<PRIOR == 2, SLOPES>(in.log_sigma_q, in.log_sigma_p, in.n, q.sigma, q.dsigma);
   sigmas<SLOPES>(in.n, q.sigma, q.dsigma);
-  if (!PRIOR) return;
-  clamps<false, SLOPES>(in.mu_p, nullptr, in.n, p.mu, p.dmu);
-  clamps<false, SLOPES>(in.log_sigma_p, nullptr, in.n, p.sigma, p.dsigma);
-  sigmas<SLOPES>(in.n, p.sigma, p.dsigma);
+  if (PRIOR) normal<SLOPES>(in.mu_p, in.log_sigma_p, in.n, p);
 }
 
 struct Element {
@@ -94,13 +98,14 @@ void forward_of(const Inputs& in, const Outputs& out) {
   }
 }
 
-template <int PRIOR>
+template <int PRIOR, bool ALSO>
 void backward_of(const Inputs& in, const Gradients& g) {
   Normal q, p;
   normals<PRIOR, true>(in, q, p);
   const float *noise = in.noise, *dz = g.z, *dkl = g.kl, *dlog_q = g.log_q, *dlog_p = g.log_p;
   float *__restrict out_mu_q = g.mu_q, *__restrict out_ls_q = g.log_sigma_q;
   float *__restrict out_mu_p = g.mu_p, *__restrict out_ls_p = g.log_sigma_p;
+  const float *also_mu = g.also_mu_p, *also_ls = g.also_log_sigma_p;
   const int n = in.n;
 #pragma omp simd
   for (int i = 0; i < n; i++) {
@@ -115,8 +120,9 @@ void backward_of(const Inputs& in, const Gradients& g) {
       const float dmu_p = (gp * e.v - gk * e.d) * e.inverse * p.dmu[i];
       const float by_sigma = gk * (1.0f - e.d * e.d - e.ratio * e.ratio) + gp * (e.v * e.v - 1.0f);
       const float dls_p = by_sigma * e.inverse * p.dsigma[i];
-      out_mu_p[i] = PRIOR == 2 ? dmu_p + dmu : dmu_p;
-      out_ls_p[i] = PRIOR == 2 ? dls_p + dls : dls_p;
+      const float all_mu = PRIOR == 2 ? dmu_p + dmu : dmu_p, all_ls = PRIOR == 2 ? dls_p + dls : dls_p;
+      out_mu_p[i] = ALSO ? all_mu + also_mu[i] : all_mu;
+      out_ls_p[i] = ALSO ? all_ls + also_ls[i] : all_ls;
     }
   }
 }
@@ -127,8 +133,50 @@ void forward_tile(const Inputs& in, const Outputs& out) {
 }
 
 void backward_tile(const Inputs& in, const Gradients& g) {
-  if (!in.mu_p) return backward_of<0>(in, g);
-  return in.residual ? backward_of<2>(in, g) : backward_of<1>(in, g);
+  if (!in.mu_p) return backward_of<0, false>(in, g);
+  if (g.also_mu_p) return in.residual ? backward_of<2, true>(in, g) : backward_of<1, true>(in, g);
+  return in.residual ? backward_of<2, false>(in, g) : backward_of<1, false>(in, g);
+}
+
+template <bool GIVEN>
+void log_prob_forward_of(const DensityInputs& in, float* __restrict log_p) {
+  Normal p;
+  if (GIVEN) normal<false>(in.mu, in.log_sigma, in.n, p);
+  const float* z = in.z;
+  const int n = in.n;
+  const float half_log_2pi = 0.91893853320467274f;
+#pragma omp simd
+  for (int i = 0; i < n; i++) {
+    const float sigma = GIVEN ? p.sigma[i] : 1.01f, v = (z[i] - (GIVEN ? p.mu[i] : 0.0f)) / sigma;
+    log_p[i] = -0.5f * (v * v) - half_log_2pi - log_positive(sigma);
+  }
+}
+
+template <bool GIVEN>
+void log_prob_backward_of(const DensityInputs& in, const DensityGradients& g) {
+  Normal p;
+  if (GIVEN) normal<true>(in.mu, in.log_sigma, in.n, p);
+  const float *z = in.z, *dlog_p = g.log_p, *dkl = g.kl;
+  float *__restrict dz = g.z, *__restrict dmu = g.mu, *__restrict dls = g.log_sigma;
+  const int n = in.n;
+#pragma omp simd
+  for (int i = 0; i < n; i++) {
+    const float inverse = 1.0f / (GIVEN ? p.sigma[i] : 1.01f), v = (z[i] - (GIVEN ? p.mu[i] : 0.0f)) * inverse;
+    const float by_sum = (dlog_p[i] - dkl[i]) * inverse;
+    dz[i] = -by_sum * v;
+    if (GIVEN) {
+      dmu[i] = by_sum * v * p.dmu[i];
+      dls[i] = by_sum * (v * v - 1.0f) * p.dsigma[i];
+    }
+  }
+}
+
+void log_prob_forward_tile(const DensityInputs& in, float* log_p) {
+  in.mu ? log_prob_forward_of<true>(in, log_p) : log_prob_forward_of<false>(in, log_p);
+}
+
+void log_prob_backward_tile(const DensityInputs& in, const DensityGradients& g) {
+  in.mu ? log_prob_backward_of<true>(in, g) : log_prob_backward_of<false>(in, g);
 }
 
 typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));

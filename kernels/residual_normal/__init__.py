@@ -2,6 +2,7 @@
 
 from nvae_fast.kernels.residual_normal.api import (
     ResidualNormalOutput,
+    latent_group,
     normal_log_prob,
     normal_params,
     normal_sample,
@@ -11,6 +12,7 @@ from nvae_fast.kernels.residual_normal.api import (
 
 __all__ = [
     "ResidualNormalOutput",
+    "latent_group",
     "normal_log_prob",
     "normal_params",
     "normal_sample",

@@ -5,21 +5,23 @@ float32 (float64 for float64 input), whatever the input's dtype and autocast.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 tensors on the CPU (measured against the reference: README.md beside
 this file), "triton" for float32, bfloat16 and float16 tensors on CUDA where Triton is installed, else "reference".
-`normal_sample` and `normal_log_prob` have their reference only.
+`normal_sample` has its reference only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _check, _impl
+from nvae_fast.kernels import _check, _impl, _triton
 from nvae_fast.kernels.residual_normal import ops, reference
 from nvae_fast.kernels.residual_normal.reference import ResidualNormalOutput
 
 _impl.register("residual_normal", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
 _impl.register("normal_sample")
-_impl.register("normal_log_prob")
+_impl.register("normal_log_prob", triton=_triton.can_run, cpu=ops.density_on_cpu)
 
 
 @_check.typed
@@ -60,12 +62,63 @@ def residual_normal(
         tensors |= {"mu_p": mu_p, "log_sigma_p": log_sigma_p}
     dtype = _check(tensors)
     noise = _noise(mu_q, noise, generator)
-    mu_q, log_sigma_q, *prior = (t if t.dtype == dtype else t.to(dtype) for t in tensors.values())
-    mu_p, log_sigma_p = prior or (None, None)
-    impl = _impl.resolve_impl("residual_normal", impl, mu_q, log_sigma_q, mu_p, log_sigma_p, noise)
+    parameters = _of_type(tensors.values(), dtype)
+    impl = _impl.resolve_impl("residual_normal", impl, *parameters, noise)
     if impl == "reference":
-        return reference.residual_normal(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, residual)
-    return ResidualNormalOutput(*ops.ResidualNormal.apply(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, residual))
+        return reference.residual_normal(*parameters, *[None] * (4 - len(parameters)), noise, residual)
+    return ResidualNormalOutput(*ops.ResidualNormal.apply(noise, residual, False, *parameters))
+
+
+@_check.typed
+def latent_group(
+    posterior: Tensor,
+    prior: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    flow: Callable[[Tensor], Tensor] | None = None,
+    residual: bool = True,
+    generator: torch.Generator | None = None,
+    impl: str = "auto",
+) -> ResidualNormalOutput:
+    """`residual_normal` of what two networks put out, and of a draw that a flow may move: the latent variables of one group.
+
+        mu_q, log_sigma_q = the halves of posterior;  mu_p, log_sigma_p = those of prior, if one is given
+        z, kl, log_q, log_p = residual_normal(mu_q, log_sigma_q, mu_p, log_sigma_p, noise)
+        with a flow:  z = flow(z), log_p = normal_log_prob(z, mu_p, log_sigma_p), kl = log_q - log_p
+
+    posterior, prior: [B, 2 Z, h, w], mu first. Their gradients are made in one piece, the prior's in one pass for all that
+        reaches it, which `residual_normal` on halves leaves to copies and additions.
+    flow: keeps the volume, so that log_q holds for what it returns, [B, Z, h, w]. kl is then that of the drawn z alone, not
+        its expectation.
+
+    All else, and what raises, as in `residual_normal`.
+    """
+    tensors = {"posterior": posterior} | ({} if prior is None else {"prior": prior})
+    dtype = _check(tensors)
+    if posterior.shape[1] % 2:
+        raise ValueError(f"posterior has shape {tuple(posterior.shape)}: expected [B, 2 Z, h, w], mu and log sigma")
+    noise = _noise(posterior[:, posterior.shape[1] // 2 :], noise, generator)
+    parameters = _of_type(tensors.values(), dtype)
+    chosen = _impl.resolve_impl("residual_normal", impl, *parameters, noise)
+    if chosen == "reference":
+        halves = [half for t in parameters for half in t.chunk(2, 1)]
+        found = *reference.residual_normal(*halves, *[None] * (4 - len(halves)), noise, residual), *parameters[1:]
+    else:
+        found = ops.ResidualNormal.apply(noise, residual, True, *parameters)
+    out = ResidualNormalOutput(*found[:4])
+    return out if flow is None else _moved(flow(out.z), out.log_q, found[4:], impl)
+
+
+def _moved(z: Tensor, log_q: Tensor, prior: Sequence[Tensor], impl: str) -> ResidualNormalOutput:
+    """What is to be said of the draw z with log_q that a flow made."""
+    impl = _impl.resolve_impl("normal_log_prob", impl, z, *prior)
+    if impl == "reference":
+        halves = prior[0].chunk(2, 1) if prior else (None, None)
+        log_p = reference.normal_log_prob(z, *halves)
+        return ResidualNormalOutput(z, log_q - log_p, log_q, log_p)
+    dtype = torch.promote_types(z.dtype, prior[0].dtype) if prior else z.dtype
+    log_p, kl = ops.NormalLogProb.apply(*_of_type([z], dtype), log_q, True, *_of_type(prior, dtype))
+    return ResidualNormalOutput(z, kl, log_q, log_p)
 
 
 @_check.typed
@@ -91,14 +144,22 @@ def normal_sample(
 
 
 @_check.typed
-def normal_log_prob(z: Tensor, mu: Tensor, log_sigma: Tensor, *, impl: str = "auto") -> Tensor:
-    """log Normal(z; mu, log_sigma), summed over h and w: [B, Z, h, w] each -> [B, Z], in nats.
+def normal_log_prob(z: Tensor, mu: Tensor | None = None, log_sigma: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """log Normal(z; mu, log_sigma), summed over h and w: [B, Z, h, w] each -> [B, Z], in nats. Without mu and log_sigma,
+    that of Normal(0, 0), the top group's prior.
 
     For latents that a flow has moved; `residual_normal` returns the densities of its own draw.
     """
-    _check({"z": z, "mu": mu, "log_sigma": log_sigma})
-    _impl.resolve_impl("normal_log_prob", impl, z, mu, log_sigma)
-    return reference.normal_log_prob(z, mu, log_sigma)
+    if (mu is None) != (log_sigma is None):
+        missing = "mu" if mu is None else "log_sigma"
+        raise ValueError(f"{missing} is missing: give both mu and log_sigma, or neither for the top group's prior")
+    tensors = {"z": z} if mu is None or log_sigma is None else {"z": z, "mu": mu, "log_sigma": log_sigma}
+    dtype = _check(tensors)
+    impl = _impl.resolve_impl("normal_log_prob", impl, *tensors.values())
+    if impl == "reference":
+        return reference.normal_log_prob(z, mu, log_sigma)
+    z, *parameters = _of_type(tensors.values(), dtype)
+    return ops.NormalLogProb.apply(z, None, False, *parameters)[0]
 
 
 @_check.typed
@@ -111,6 +172,10 @@ def soft_clamp(x: Tensor) -> Tensor:
 def normal_params(mu: Tensor, log_sigma: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(mean, sigma) = (c5(mu), temperature * (exp(c5(log_sigma)) + 0.01)), elementwise, in the inputs' dtype."""
     return reference.normal_params(mu, log_sigma, temperature)
+
+
+def _of_type(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def _check(tensors: dict[str, Tensor]) -> torch.dtype:

@@ -76,9 +76,11 @@ def normal_sample(mu: Tensor, log_sigma: Tensor, noise: Tensor, temperature: flo
         return (mean + sigma * wide(noise)).to(mu.dtype)
 
 
-def normal_log_prob(z: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
+def normal_log_prob(z: Tensor, mu: Tensor | None, log_sigma: Tensor | None) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
-        return log_density(wide(z), *normal_params(wide(mu), wide(log_sigma))).sum((2, 3))
+        z = wide(z)
+        mu, log_sigma = (torch.zeros_like(z) if t is None else wide(t) for t in (mu, log_sigma))
+        return log_density(z, *normal_params(mu, log_sigma)).sum((2, 3))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,9 +1,4 @@
-"""residual_normal on a GPU: kernels, then launchers. Any strides with which a map [h, w] is one line of P pixels.
-
-A program works on an "image": the pixels of G channels of one batch element, G as many as are neighbours in memory (all that
-fit, for channels-last), else 1. Its columns are STEP pixels of G channels, pixel after pixel, so that every lane has work
-whatever G is, and a column keeps its channel from step to step.
-"""
+"""residual_normal on a GPU: kernels, then launchers. What they share with normal_log_prob's is in _tiles.py."""
 
 from __future__ import annotations
 
@@ -12,64 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import join_sums
-from nvae_fast.kernels._math import exp_of, exp_reduced, log_positive, round_to_step
+from nvae_fast.kernels._join import add_parts, arrive
+from nvae_fast.kernels._math import log_positive
 from nvae_fast.kernels._tile import offset_of
 from nvae_fast.kernels._triton import line_strides
+from nvae_fast.kernels.residual_normal._log_prob import normal_log_prob_bwd, normal_log_prob_fwd
+from nvae_fast.kernels.residual_normal._tiles import (
+    HALF_LOG_2PI,
+    Sums,
+    Tile,
+    alike,
+    checked,
+    columns,
+    line,
+    load,
+    load_gradient,
+    normal,
+    rows_of,
+    store,
+    sum_of,
+    sums,
+)
+from nvae_fast.kernels.residual_normal.ops import empty_pairs
 
-HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
-COLUMNS = 512  # of a program, in 4 warps
-STEPS = 16  # values that a column adds up at most, in float32; beyond them, float64
-
-
-@triton.jit
-def soft_clamp(a):
-    """(c, dc/da) of c = 5 tanh(a / 5): near 0 a polynomial, which keeps all digits of c, else from q = 1 - |c| / 5 =
-    2 / (exp(0.4 |a|) + 1), which keeps those of the slope where c rounds to 5."""
-    x = tl.abs(a)
-    x = tl.where(x > 100.0, 100.0, x)
-    s = 0.04 * x * x
-    p = -0.0062824730 * s + 0.021077758
-    p = p * s - 0.053853858
-    p = p * s + 0.13332602
-    p = p * s - 0.33333319
-    # 0.4 x is reduced before it is multiplied out: steps of ln2 / 0.4 = 1.732421875 + 4.460764e-4.
-    shifted, n = round_to_step(x, 0.57707801635)
-    scale, rest = exp_reduced(shifted, 0.4 * ((x - n * 1.732421875) - n * 4.4607640e-4))
-    q = 2.0 / (scale * rest + scale + 1.0)
-    near = x < 2.75
-    c = tl.where(near, x + x * (s * p), 5.0 - 5.0 * q)
-    return tl.where(a < 0, -c, c), tl.where(near, 1.0 - 0.04 * (c * c), q * (2.0 - q))
-
-
-@triton.jit
-def normal(mu, log_sigma):
-    """(mean, sigma, their derivatives by mu and log_sigma)"""
-    mean, by_mu = soft_clamp(mu)
-    clamped, by_log_sigma = soft_clamp(log_sigma)
-    e = exp_of(clamped)
-    return mean, e + 0.01, by_mu, e * by_log_sigma
-
-
-@triton.jit
-def load(ptr, at, inside):
-    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(ptr, at, value, inside):
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def columns(Z, TASKS, WIDE: tl.constexpr, G: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """(task of the program's image, batch element, channel and pixel of each column, which columns are used)"""
-    image, j = tl.program_id(0) // TASKS, tl.arange(0, BLOCK)
-    groups = tl.cdiv(Z, G)
-    z = image % groups * G + j % G
-    b = offset_of(image // groups, WIDE)
-    return tl.program_id(0) % TASKS, b, offset_of(z, WIDE), offset_of(j // G, WIDE), (j < STEP * G) & (z < Z)
+__all__ = ["normal_log_prob_bwd", "normal_log_prob_fwd", "residual_normal_bwd", "residual_normal_fwd"]
 
 
 @triton.jit
@@ -88,27 +49,12 @@ def normals(mu_q_ptr, log_sigma_q_ptr, mu_p_ptr, log_sigma_p_ptr, at, inside, RE
 
 
 @triton.jit
-def store_sum(ptr, columns_, channel0, Z, G: tl.constexpr, STEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr):
-    """ptr [Z] from channel0 on = the sums over pixels of columns, STEP pixels of G channels."""
-    if G == 1:
-        tl.store(ptr + channel0, tl.sum(columns_, 0))
-    else:
-        r = tl.arange(0, BLOCK_P * BLOCK_G)
-        p, g = r // BLOCK_G, r % BLOCK_G
-        used = (p < STEP) & (g < G)
-        found = tl.where(used, tl.gather(columns_, tl.where(used, p * G + g, 0), 0), 0.0)
-        channel = channel0 + tl.arange(0, BLOCK_G)
-        total = tl.sum(tl.reshape(found, [BLOCK_P, BLOCK_G]), 0)
-        tl.store(ptr + channel, total, mask=(tl.arange(0, BLOCK_G) < G) & (channel < Z))
-
-
-@triton.jit
 def residual_normal_fwd_kernel(
-    mu_q_ptr, log_sigma_q_ptr, mu_p_ptr, log_sigma_p_ptr, noise_ptr, z_ptr, sums_ptr, ROWS, Z, P, CHUNK, TASKS,
-    in_b, in_z, in_p, noise_b, noise_z, noise_p, out_b, out_z, out_p, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
+    mu_q_ptr, log_sigma_q_ptr, mu_p_ptr, log_sigma_p_ptr, noise_ptr, z_ptr, out_ptr, parts_ptr, tickets_ptr, ROWS, Z, P, CHUNK,
+    TASKS, in_b, in_z, in_p, noise_b, noise_z, noise_p, out_b, out_z, out_p, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
     G: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr
 ):  # fmt: skip
-    """z, and sums [tasks, 3, B Z] of kl, log q and log p over CHUNK pixels."""
+    """z, and the sums [3, B Z] of kl, log q and log p, CHUNK pixels of an image to a program."""
     task, b, z, pixel, used = columns(Z, TASKS, WIDE, G, STEP, BLOCK)
     p = offset_of(task, WIDE) * CHUNK + pixel
     kl = tl.zeros([BLOCK], tl.float32)
@@ -131,31 +77,34 @@ def residual_normal_fwd_kernel(
         log_q += tl.where(inside, -0.5 * (noise * noise) - HALF_LOG_2PI - log_sigma + lost, 0.0)
         log_p += tl.where(inside, -0.5 * (v * v) - HALF_LOG_2PI - (log_sigma - log_ratio), 0.0)
         p += STEP
-    channel0 = tl.program_id(0) // TASKS % tl.cdiv(Z, G) * G
-    row = sums_ptr + task * 3 * ROWS + b * Z
-    store_sum(row, kl, channel0, Z, G, STEP, BLOCK_P, BLOCK_G)
-    store_sum(row + ROWS, log_q, channel0, Z, G, STEP, BLOCK_P, BLOCK_G)
-    store_sum(row + 2 * ROWS, log_p, channel0, Z, G, STEP, BLOCK_P, BLOCK_G)
+    row, there = rows_of(Z, TASKS, G, BLOCK_G)
+    total_kl, total_q = sum_of(kl, G, STEP, BLOCK_P, BLOCK_G), sum_of(log_q, G, STEP, BLOCK_P, BLOCK_G)
+    total_p = sum_of(log_p, G, STEP, BLOCK_P, BLOCK_G)
+    if parts_ptr is None:
+        store_three(out_ptr, ROWS, row, there, total_kl, total_q, total_p)
+    else:
+        store_three(parts_ptr + task * 3 * ROWS, ROWS, row, there, total_kl, total_q, total_p)
+        if arrive(tickets_ptr + tl.program_id(0) // TASKS, TASKS):
+            for i in tl.static_range(3):
+                total = add_parts(parts_ptr + i * ROWS, 0, TASKS, row, ROWS, 3 * ROWS)
+                tl.store(out_ptr + i * ROWS + row, total.to(tl.float32), mask=there)
 
 
 @triton.jit
-def load_gradient(ptr, row, used):
-    """The gradient of each column's sum; 0 where there is none."""
-    if ptr is not None:
-        g = tl.load(ptr + row, mask=used, other=0.0)
-    else:
-        g = 0.0
-    return g
+def store_three(ptr, ROWS, row, there, kl, log_q, log_p):
+    tl.store(ptr + row, kl, mask=there)
+    tl.store(ptr + ROWS + row, log_q, mask=there)
+    tl.store(ptr + 2 * ROWS + row, log_p, mask=there)
 
 
 @triton.jit
 def residual_normal_bwd_kernel(
-    dz_ptr, dkl_ptr, dlog_q_ptr, dlog_p_ptr, mu_q_ptr, log_sigma_q_ptr, mu_p_ptr, log_sigma_p_ptr, noise_ptr,
-    dmu_q_ptr, dlog_sigma_q_ptr, dmu_p_ptr, dlog_sigma_p_ptr, Z, P, TASKS,
-    in_b, in_z, in_p, noise_b, noise_z, noise_p, out_b, out_z, out_p, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
-    G: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr
+    dz_ptr, dkl_ptr, dlog_q_ptr, dlog_p_ptr, also_mu_p_ptr, also_log_sigma_p_ptr, mu_q_ptr, log_sigma_q_ptr, mu_p_ptr,
+    log_sigma_p_ptr, noise_ptr, dmu_q_ptr, dlog_sigma_q_ptr, dmu_p_ptr, dlog_sigma_p_ptr, Z, P, TASKS, dz_b, dz_z, dz_p,
+    kl_b, kl_z, log_q_b, log_q_z, log_p_b, log_p_z, also_b, also_z, also_p, in_b, in_z, in_p, noise_b, noise_z, noise_p,
+    out_b, out_z, out_p, RESIDUAL: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One step of one image. dz lies as the gradients do."""
+    """One step of one image."""
     task, b, z, pixel, used = columns(Z, TASKS, WIDE, G, STEP, BLOCK)
     p = offset_of(task, WIDE) * STEP + pixel
     inside, out = used & (p < P), z * out_z + p * out_p
@@ -166,11 +115,11 @@ def residual_normal_bwd_kernel(
     )  # fmt: skip
     inverse_q, inverse = 1.0 / sigma, 1.0 / sigma_p
     d, ratio, v = (mean - mean_p) * inverse, sigma * inverse, (mean + sigma * noise - mean_p) * inverse
-    row = b * Z + z
-    k, q, s = load_gradient(dkl_ptr, row, used), load_gradient(dlog_q_ptr, row, used), load_gradient(dlog_p_ptr, row, used)
+    k, q = load_gradient(dkl_ptr, b, z, kl_b, kl_z, used), load_gradient(dlog_q_ptr, b, z, log_q_b, log_q_z, used)
+    s = load_gradient(dlog_p_ptr, b, z, log_p_b, log_p_z, used)
     g = -s * v * inverse
     if dz_ptr is not None:
-        g += load(dz_ptr + b * out_b, out, inside)
+        g += load(dz_ptr + b * dz_b, z * dz_z + p * dz_p, inside)
     dmu = (g + k * d * inverse) * by_mu
     dlog_sigma = (g * noise + k * (ratio * inverse - inverse_q) - q * inverse_q) * by_log_sigma
     store(dmu_q_ptr + b * out_b, out, dmu, inside)
@@ -180,83 +129,66 @@ def residual_normal_bwd_kernel(
         dlog_sigma_p = (k * (1.0 - d * d - ratio * ratio) + s * (v * v - 1.0)) * inverse * by_log_sigma_p
         if RESIDUAL:
             dmu_p, dlog_sigma_p = dmu_p + dmu, dlog_sigma_p + dlog_sigma
+        if also_mu_p_ptr is not None:
+            dmu_p += load(also_mu_p_ptr + b * also_b, z * also_z + p * also_p, inside)
+            dlog_sigma_p += load(also_log_sigma_p_ptr + b * also_b, z * also_z + p * also_p, inside)
         store(dmu_p_ptr + b * out_b, out, dmu_p, inside)
         store(dlog_sigma_p_ptr + b * out_b, out, dlog_sigma_p, inside)
 
 
 def residual_normal_fwd(mu_q: Tensor, log_sigma_q: Tensor, mu_p: Tensor | None, log_sigma_p: Tensor | None, noise: Tensor,
                         residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    parameters, noise = _parameters(mu_q, log_sigma_q, mu_p, log_sigma_p), _checked("noise", noise, mu_q, torch.float32)
+    parameters, noise = _parameters(mu_q, log_sigma_q, mu_p, log_sigma_p), checked("noise", noise, mu_q, torch.float32)
     z = torch.empty_like(mu_q)
     if not z.numel():
         return z, *z.new_zeros(3, *z.shape[:2], dtype=torch.float32)
-    out, tile = z if line_strides(z) else torch.empty_like(z, memory_format=torch.contiguous_format), _Tile(parameters[0])
-    # About 1,000 programs where there are that many steps, and short sums.
-    tasks, chunk = _triton.tasks(tile.pixels, tile.step, max(1024 // tile.images, triton.cdiv(tile.steps, STEPS)))
-    sums, rows = z.new_empty(tasks, 3, *z.shape[:2], dtype=torch.float32), z.shape[0] * z.shape[1]
-    residual_normal_fwd_kernel[(tile.images * tasks,)](
-        *(*parameters, noise, out, sums, rows, z.shape[1], tile.pixels, chunk, tasks),
-        *(line_strides(parameters[0]) + line_strides(noise) + line_strides(out)),
-        **tile.constants(residual, *parameters, noise, out),
-        BLOCK_P=_triton.power_of_2(tile.step, COLUMNS),
-        BLOCK_G=_triton.power_of_2(tile.group, COLUMNS),
+    out, tile = z if line_strides(z) else torch.empty_like(z, memory_format=torch.contiguous_format), Tile(parameters[0])
+    found = Sums(3, tile, z)
+    residual_normal_fwd_kernel[(tile.images * found.tasks,)](
+        *(*parameters, noise, out, found.out, found.parts, found.tickets, z.shape[0] * z.shape[1], z.shape[1], tile.pixels),
+        *(found.chunk, found.tasks, *line(parameters[0]), *line(noise), *line(out)),
+        **(tile.constants(*parameters, noise, out) | found.blocks | {"RESIDUAL": residual}),
     )
-    return z if out is z else z.copy_(out), *(sums[0] if tasks == 1 else join_sums(sums))
+    return z if out is z else z.copy_(out), *found.out
 
 
-def residual_normal_bwd(dz: Tensor | None, dkl: Tensor | None, dlog_q: Tensor | None, dlog_p: Tensor | None, mu_q: Tensor,
-                        log_sigma_q: Tensor, mu_p: Tensor | None, log_sigma_p: Tensor | None, noise: Tensor,
-                        residual: bool) -> list[Tensor]:  # fmt: skip
-    parameters, noise = _parameters(mu_q, log_sigma_q, mu_p, log_sigma_p), _checked("noise", noise, mu_q, torch.float32)
-    found = [torch.empty_like(t) for t in (mu_q, log_sigma_q, mu_p, log_sigma_p) if t is not None]
+def residual_normal_bwd(dz: Tensor | None, dkl: Tensor | None, dlog_q: Tensor | None, dlog_p: Tensor | None,
+                        dmu_p: Tensor | None, dlog_sigma_p: Tensor | None, mu_q: Tensor, log_sigma_q: Tensor,
+                        mu_p: Tensor | None, log_sigma_p: Tensor | None, noise: Tensor, residual: bool,
+                        joined: bool) -> list[Tensor]:  # fmt: skip
+    parameters, noise = _parameters(mu_q, log_sigma_q, mu_p, log_sigma_p), checked("noise", noise, mu_q, torch.float32)
+    if (dmu_p is None) != (dlog_sigma_p is None) or (mu_p is None and dmu_p is not None):
+        raise RuntimeError("residual_normal takes both dmu_p and dlog_sigma_p, with a prior, or neither")
+    also = alike({"dmu_p": dmu_p, "dlog_sigma_p": dlog_sigma_p}, mu_q)
+    dz = None if dz is None else checked("dz", dz, mu_q, mu_q.dtype)
+    of_sums = [sums(name, t, mu_q) for name, t in (("dkl", dkl), ("dlog_q", dlog_q), ("dlog_p", dlog_p))]
+    found = empty_pairs(((mu_q, log_sigma_q), (mu_p, log_sigma_p)), joined)
     if not mu_q.numel():
         return found
-    like = found[0] if line_strides(found[0]) else torch.empty_like(found[0], memory_format=torch.contiguous_format)
-    out = [t if t.stride() == like.stride() else torch.empty_like(like) for t in found]
-    if dz is not None:
-        dz = _checked("dz", dz, mu_q, mu_q.dtype)
-        dz = dz if dz.stride() == like.stride() else torch.empty_like(like).copy_(dz)
-    sums = [_triton.floats(name, t, *mu_q.shape[:2]) for name, t in (("dkl", dkl), ("dlog_q", dlog_q), ("dlog_p", dlog_p))]
-    tile = _Tile(parameters[0])
+    grads = [half for t in found for half in (t.chunk(2, 1) if joined else [t])]
+    like = grads[0] if line_strides(grads[0]) else torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+    out = [t if t.stride() == like.stride() else torch.empty_like(like) for t in grads]
+    tile = Tile(parameters[0])
     residual_normal_bwd_kernel[(tile.images * tile.steps,)](
-        *(dz, *sums, *parameters, noise, *out, *[None] * (4 - len(out)), mu_q.shape[1], tile.pixels, tile.steps),
-        *(line_strides(parameters[0]) + line_strides(noise) + line_strides(like)),
-        **tile.constants(residual, *parameters, noise, like),
+        *(dz, *of_sums, *also, *parameters, noise, *out, *[None] * (4 - len(out)), mu_q.shape[1], tile.pixels, tile.steps),
+        *(
+            *line(dz),
+            *(n for t in of_sums for n in line(t, 2)),
+            *line(also[0]),
+            *line(parameters[0]),
+            *line(noise),
+            *line(like),
+        ),
+        **tile.constants(dz, *also, *parameters, noise, like),
+        RESIDUAL=residual,
     )
-    return [t if t is done else t.copy_(done) for t, done in zip(found, out, strict=True)]
+    for t, done in zip(grads, out, strict=True):
+        if t is not done:
+            t.copy_(done)
+    return found
 
 
-class _Tile:
-    """How images are cut, from the sizes and from whether the channels of `like` are neighbours: nothing that a run decides."""
-
-    def __init__(self, like: Tensor) -> None:
-        batch, channels, self.pixels = like.shape[0], like.shape[1], like.shape[2] * like.shape[3]
-        groups = triton.cdiv(channels, 64) if like.stride(1) == 1 else channels
-        self.group = triton.cdiv(channels, groups)
-        self.images = batch * triton.cdiv(channels, self.group)
-        self.step = min(COLUMNS // self.group, self.pixels)
-        self.steps = triton.cdiv(self.pixels, self.step)
-
-    def constants(self, residual: bool, *tensors: Tensor | None) -> dict[str, int | bool]:
-        block = _triton.power_of_2(self.step * self.group, COLUMNS)
-        wide = any(_triton.wide(t) for t in tensors if t is not None)
-        return {"RESIDUAL": residual, "WIDE": wide, "G": self.group, "STEP": self.step, "BLOCK": block}
-
-
-def _checked(name: str, t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of that shape and type with a map that is one line."""
-    if t.dim() != 4 or t.shape != like.shape or t.dtype != dtype:
-        raise RuntimeError(f"{name} has shape {tuple(t.shape)} and type {t.dtype}; expected {tuple(like.shape)} and {dtype}")
-    return _triton.as_lines(t)
-
-
-def _parameters(mu_q: Tensor, log_sigma_q: Tensor, *prior: Tensor | None) -> list[Tensor | None]:
-    """The four, with the same strides: as they are, or copied."""
-    if (prior[0] is None) != (prior[1] is None):
+def _parameters(mu_q: Tensor, log_sigma_q: Tensor, mu_p: Tensor | None, log_sigma_p: Tensor | None) -> list[Tensor | None]:
+    if (mu_p is None) != (log_sigma_p is None):
         raise RuntimeError("residual_normal takes both mu_p and log_sigma_p, or neither")
-    named = zip(("mu_q", "log_sigma_q", "mu_p", "log_sigma_p"), (mu_q, log_sigma_q, *prior), strict=True)
-    given = [None if t is None else _checked(name, t, mu_q, mu_q.dtype) for name, t in named]
-    if all(t is None or t.stride() == given[0].stride() for t in given):
-        return given
-    layout = torch.channels_last if mu_q.stride(1) == 1 else torch.contiguous_format
-    return [None if t is None else t.contiguous(memory_format=layout) for t in given]
+    return alike({"mu_q": mu_q, "log_sigma_q": log_sigma_q, "mu_p": mu_p, "log_sigma_p": log_sigma_p}, mu_q)

@@ -8,7 +8,7 @@ from nvae_fast import functional as F
 
 
 class ResidualNormal(nn.Module):
-    """Draws z from the posterior of a latent group and compares it with the prior: `functional.residual_normal` on the raw
+    """Draws z from the posterior of a latent group and compares it with the prior: `functional.latent_group` on the raw
     outputs of two convolutions, [B, 2 Z, h, w] each, mu first and log sigma second. Without parameters.
 
     `residual` adds the posterior's outputs to the prior's before they are clamped (NVAE); False takes them as they are.
@@ -20,12 +20,7 @@ class ResidualNormal(nn.Module):
 
     def forward(self, posterior: Tensor, prior: Tensor | None = None, noise: Tensor | None = None) -> F.ResidualNormalOutput:
         """(z [B, Z, h, w], kl, log_q, log_p [B, Z]); prior None stands for N(0, 1.01); noise None is drawn."""
-        if posterior.dim() != 4 or posterior.shape[1] % 2:
-            raise ValueError(f"posterior has shape {tuple(posterior.shape)}: expected [B, 2 Z, h, w], mu and log sigma")
-        if prior is not None and prior.shape != posterior.shape:
-            raise ValueError(f"prior has shape {tuple(prior.shape)}: expected that of the posterior, {tuple(posterior.shape)}")
-        mu_p, log_sigma_p = (None, None) if prior is None else prior.chunk(2, dim=1)
-        return F.residual_normal(*posterior.chunk(2, dim=1), mu_p, log_sigma_p, noise, residual=self.residual)
+        return F.latent_group(posterior, prior, noise, residual=self.residual)
 
     def extra_repr(self) -> str:
         return f"residual={self.residual}"

@@ -87,7 +87,7 @@ def test_residual_normal_is_the_function():
     assert torch.equal(absolute.kl, F.residual_normal(*posterior.chunk(2, 1), *prior.chunk(2, 1), noise, residual=False).kl)
     assert not list(ResidualNormal().parameters()) and not ResidualNormal().state_dict()
     for bad, words in (((posterior[:, :5], None), r"\(2, 5, 4, 3\): expected \[B, 2 Z, h, w\]"),
-                       ((posterior, prior[:1]), r"prior has shape \(1, 6, 4, 3\): expected that of the posterior"),
+                       ((posterior, prior[:1]), r"prior has shape \(1, 6, 4, 3\): expected that of posterior"),
                        ((posterior[0], None), r"posterior has shape \(6, 4, 3\)")):  # fmt: skip
         with pytest.raises(ValueError, match=words) as error:
             ResidualNormal()(*bad)

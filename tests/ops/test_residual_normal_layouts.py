@@ -89,8 +89,9 @@ def test_opcheck(prior, layout):
     args = (*params, arrange(noise), prior == "residual")
     dz, *sums = (w.float() for w in weights())
     torch.library.opcheck(torch.ops.nvae_fast.residual_normal_fwd, args)
-    torch.library.opcheck(torch.ops.nvae_fast.residual_normal_bwd, (arrange(dz), *sums, *args))
-    torch.library.opcheck(torch.ops.nvae_fast.residual_normal_bwd, (None, sums[0], None, None, *args))
+    backward = torch.ops.nvae_fast.residual_normal_bwd
+    torch.library.opcheck(backward, (arrange(dz), *sums, *(params[2:] if prior == "given" else (None, None)), *args, False))
+    torch.library.opcheck(backward, (None, sums[0], *[None] * 4, *args, True))
 
 
 @native

@@ -40,6 +40,7 @@ CALLS = {
     "logistic_mixture_mean": {"params": square(2, 20, 6, 6), "channels": 3, "num_mixtures": 2},
     "logistic_mixture_channels": {"channels": 3, "num_mixtures": 2},
     "residual_normal": {"mu_q": X, "log_sigma_q": X, "mu_p": X, "log_sigma_p": X, "noise": X, "residual": True},
+    "latent_group": {"posterior": X, "prior": X, "noise": square(2, 2, 6, 6), "residual": True},
     "normal_sample": {"mu": X, "log_sigma": X, "noise": X, "temperature": 1.0},
     "normal_log_prob": {"z": X, "mu": X, "log_sigma": X},
     "soft_clamp": {"x": X},

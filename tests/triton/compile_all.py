@@ -19,19 +19,11 @@ from triton.compiler import ASTSource
 
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
-MODULES = (
-    "_join",
-    "adamax.triton",
-    "bn_act.triton",
-    "bn_act.tables",
-    "depthwise_conv.triton",
-    "pointwise_conv.triton",
-    "se_residual.triton",
-)
-MODULES += "residual_normal.triton", "logistic_mixture.triton"
+MODULES = "_join", "adamax.triton", "bn_act.triton", "bn_act.tables", "depthwise_conv.triton", "pointwise_conv.triton"
+MODULES += "se_residual.triton", "residual_normal.triton", "residual_normal._log_prob", "logistic_mixture.triton"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
-STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d")}
+STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d", "also_")}
 STORED |= {"h1_ptr"}
 KINDS = {
     "tickets_ptr": "i32",
@@ -50,10 +42,37 @@ CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLO
 JOIN = "parts_ptr", "tickets_ptr"
 DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
+PRIOR, ALSO = ("mu_p_ptr", "log_sigma_p_ptr"), ("also_mu_p_ptr", "also_log_sigma_p_ptr")
 LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent channels; three colours and 10 mixtures
     "residual_normal": [
-        dict(layout="channels-last", in_z=1, noise_p=1, out_z=1, G=20, STEP=25, BLOCK=512, BLOCK_P=32, BLOCK_G=32),
-        dict(layout="planar", in_p=1, noise_p=1, out_p=1, G=1, STEP=512, BLOCK=512, BLOCK_P=512, BLOCK_G=1),
+        dict(
+            layout="channels-last",
+            in_z=1,
+            noise_p=1,
+            out_z=1,
+            z_z=1,
+            dz_z=1,
+            also_z=1,
+            G=20,
+            STEP=25,
+            BLOCK=512,
+            BLOCK_P=32,
+            BLOCK_G=32,
+        ),
+        dict(
+            layout="planar",
+            in_p=1,
+            noise_p=1,
+            out_p=1,
+            z_p=1,
+            dz_p=1,
+            also_p=1,
+            G=1,
+            STEP=512,
+            BLOCK=512,
+            BLOCK_P=512,
+            BLOCK_G=1,
+        ),
     ],
     "logistic_mixture": [
         dict(layout="channels-last", x_p=1, params_c=1, out_c=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
@@ -79,8 +98,10 @@ ABSENT = {  # which pointers a launcher may leave out
         ("state_ptr", *DGATE),
         ("state_ptr", *DGATE, "bn_ptr", "dbn_ptr", "shares_ptr"),
     ],
-    "residual_normal_fwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr")],
-    "residual_normal_bwd_kernel": [("mu_p_ptr", "log_sigma_p_ptr", "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), SUMS],
+    "residual_normal_fwd_kernel": [PRIOR, JOIN],
+    "residual_normal_bwd_kernel": [(*PRIOR, *ALSO, "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), (*SUMS, *ALSO), ALSO],
+    "residual_normal_log_prob_fwd_kernel": [PRIOR, JOIN, (*PRIOR, *JOIN, "log_q_ptr")],
+    "residual_normal_log_prob_bwd_kernel": [(*PRIOR, "dmu_p_ptr", "dlog_sigma_p_ptr"), ("dkl_ptr",), ("dlog_p_ptr",)],
     "adamax_sizes_kernel": [("take_ptr",)],
     "adamax_step_kernel": [("ema_ptr",), ("ema_ptr", "factor_ptr")],
 }

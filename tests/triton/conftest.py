@@ -32,7 +32,8 @@ OPS = {
     "pointwise_conv": ["pointwise_conv_fwd", "pointwise_conv_bwd"],
     "power_iteration": ["power_iteration_fwd", "power_iteration_bwd"],
     "se_residual": ["se_residual_fwd", "se_residual_bwd"],
-    "residual_normal": ["residual_normal_fwd", "residual_normal_bwd"],
+    "residual_normal": [f"{op}_{name}" for op in ("residual_normal", "normal_log_prob") for name in ("fwd", "bwd")],
+    "normal_log_prob": [],
     "logistic_mixture_log_prob": ["logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd"],
     "shared_weights": ["shared_weights_fwd", "shared_weights_bwd"],
     "weight_norm": ["weight_norm_fwd", "weight_norm_bwd"],
@@ -83,7 +84,7 @@ def check(triton_on_cpu, within_budget) -> Callable[..., None]:
 
 
 QUIET = {"detach", "alias", "view", "_unsafe_view", "as_strided", "select", "slice", "expand", "t", "transpose", "permute",
-         "unbind", "unsqueeze", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided",
+         "unbind", "unsqueeze", "split", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided",
          "promote_types"}  # fmt: skip
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
+from latents import SHAPES, same, small_programs
 from norms import CL, needs_native
 
 from nvae_fast import functional as F
 from nvae_fast.kernels import _triton
 
+__all__ = ["small_programs"]
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 PRIORS = ["none", "given", "residual"]
-# Tails of pixels and channels, several steps, one pixel, more channels than a program takes.
-SHAPES = {torch.contiguous_format: [(1, 2, 5, 7), (1, 1, 33, 17)], CL: [(2, 3, 5, 7), (1, 5, 1, 1), (1, 70, 3, 5)]}
 CASES = [(1e-3, FLOAT, "residual"), (30.0, FLOAT, "residual"), (1.0, HALF, "residual"), (1.0, BFLOAT, "residual")]
 CASES += [(1.0, FLOAT, prior) for prior in PRIORS]
 
@@ -34,22 +32,6 @@ def run(parameters, noise, grads, prior="residual", impl="triton", used=range(4)
     out = F.residual_normal(*leaves, noise=noise, residual=prior == "residual", impl=impl)
     grads = [grads[i].to(out[i].dtype) for i in used]
     return [*(t.detach() for t in out), *torch.autograd.grad([out[i] for i in used], leaves, grads)]
-
-
-def same(found, others):
-    return all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in zip(found, others, strict=True))
-
-
-@pytest.fixture
-def small_programs(monkeypatch):
-    """So that small maps take several programs, and a program several steps."""
-    launchers = importlib.import_module("nvae_fast.kernels.residual_normal.triton")
-    monkeypatch.setattr(launchers, "COLUMNS", 64)
-    monkeypatch.setattr(launchers, "STEPS", 3)
-    monkeypatch.setattr(launchers._triton, "tasks", lambda rows, least, wanted: _tasks(rows, least, 3))
-
-
-_tasks = _triton.tasks
 
 
 @pytest.mark.parametrize("layout", SHAPES)
@@ -196,6 +178,8 @@ def test_shapes_and_types_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match="both mu_p and log_sigma_p, or neither"):
         raw.residual_normal_fwd(a, b, c, None, noise, True)
     with pytest.raises(RuntimeError, match="dz has shape"):
-        raw.residual_normal_bwd(grads[0][:, :1], None, None, None, a, b, c, d, noise, True)
+        raw.residual_normal_bwd(grads[0][:, :1], *[None] * 5, a, b, c, d, noise, True, False)
     with pytest.raises(RuntimeError, match="dlog_q has shape"):
-        raw.residual_normal_bwd(None, None, grads[1][:, :1], None, a, b, c, d, noise, True)
+        raw.residual_normal_bwd(None, None, grads[1][:, :1], *[None] * 3, a, b, c, d, noise, True, False)
+    with pytest.raises(RuntimeError, match="both dmu_p and dlog_sigma_p"):
+        raw.residual_normal_bwd(*[None] * 4, c, None, a, b, c, d, noise, True, False)

@@ -1,0 +1,163 @@
+"""latent_group and normal_log_prob in Triton's kernels: values and gradients against float64, any strides, few launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latents import SHAPES, same, small_programs
+from norms import CL
+
+from nvae_fast import functional as F
+from nvae_fast.kernels import _triton
+
+__all__ = ["small_programs"]
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+CASES = [
+    (1e-3, FLOAT, True),
+    (30.0, FLOAT, True),
+    (1.0, HALF, True),
+    (1.0, BFLOAT, True),
+    (1.0, FLOAT, True),
+    (1.0, FLOAT, False),
+]
+
+
+def drawn(shape, scale, dtype, seed, layout=torch.contiguous_format, count=3):
+    """z, mu and log sigma; every type sees the same numbers."""
+    g = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(shape, generator=g)).bfloat16().to(dtype, memory_format=layout) for _ in range(count)]
+
+
+def density(tensors, grad, impl):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = F.normal_log_prob(*leaves, impl=impl)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.parametrize(("scale", "dtype", "prior"), CASES, ids=str)
+def test_densities_and_their_gradients(within_budget, scale, dtype, prior, layout):
+    for shape in SHAPES[layout]:
+        found = []
+        for kind, impl in ((torch.float64, "reference"), (dtype, "reference"), (dtype, "triton")):
+            draws = []
+            for seed in range(2):
+                tensors = [t.to(kind) for t in drawn(shape, scale, dtype, seed, layout, 3 if prior else 1)]
+                grad = torch.randn(shape[:2], generator=torch.Generator().manual_seed(seed))
+                draws.append(density(tensors, grad, impl))
+            found.append([torch.stack(t) for t in zip(*draws, strict=True)])
+        for exact, plain, got in zip(*found, strict=True):
+            within_budget(got, plain, exact, dtype)
+
+
+def group(posterior, prior, noise, grads, impl, flow=lambda z: 1.5 * z + 0.25):
+    """Outputs and gradients; the prior is used a second time, as a decoder might."""
+    leaves = [t.detach().requires_grad_() for t in (posterior, prior) if t is not None]
+    out = F.latent_group(*leaves, noise=noise, flow=flow, impl=impl)
+    weights = [g.to(t.dtype) for g, t in zip(grads, out, strict=True)]
+    return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, weights)]
+
+
+def inputs(shape=(2, 3, 5, 7), dtype=FLOAT, layout=CL, scale=1.0):
+    b, z, h, w = shape
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *s: torch.randn(s, generator=g).bfloat16().float()  # noqa: E731
+    both = [(scale * draw(b, 2 * z, h, w)).to(dtype, memory_format=layout) for _ in range(2)]
+    return both, draw(*shape), [draw(*shape), *(draw(b, z) for _ in range(3))]
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+@pytest.mark.parametrize("flow", [None, lambda z: 1.5 * z + 0.25], ids=["no flow", "flow"])
+@pytest.mark.parametrize("top", [False, True])
+def test_a_group_is_its_parts(within_budget, layout, flow, top):
+    (posterior, prior), noise, grads = inputs(layout=layout)
+    prior = None if top else prior
+    wide = posterior.double(), None if top else prior.double()
+    exact = group(*wide, noise.double(), grads, "reference", flow)
+    plain = group(posterior, prior, noise, grads, "reference", flow)
+    for triple in zip(group(posterior, prior, noise, grads, "triton", flow), plain, exact, strict=True):
+        within_budget(*triple)
+
+
+def test_a_row_in_many_programs_and_steps(within_budget, small_programs):
+    for layout, shape in ((torch.contiguous_format, (1, 2, 19, 11)), (CL, (2, 20, 5, 3))):
+        (posterior, prior), noise, grads = inputs(shape, layout=layout)
+        exact = group(posterior.double(), prior.double(), noise.double(), grads, "reference")
+        plain = group(posterior, prior, noise, grads, "reference")
+        got = group(posterior, prior, noise, grads, "triton")
+        assert same(got, group(posterior, prior, noise, grads, "triton"))
+        for triple in zip(got, plain, exact, strict=True):
+            within_budget(*triple)
+
+
+def test_a_group_is_four_launches(launches):
+    """And none of torch's, neither for the halves nor for the sum of what reaches the prior."""
+    (posterior, prior), noise, grads = inputs()
+    leaves, dz = [t.requires_grad_() for t in (posterior, prior)], grads[0].contiguous(memory_format=CL)
+    with launches() as names:
+        out = F.latent_group(*leaves, noise, flow=lambda z: z)
+        torch.autograd.grad([out.z, out.kl], leaves, [dz, grads[1][:1, :1].expand_as(out.kl)])
+    kernels = "fwd_kernel", "log_prob_fwd_kernel", "log_prob_bwd_kernel", "bwd_kernel"
+    assert [n for n in names if n != "torch.add"] == [f"residual_normal_{k}" for k in kernels]
+    assert names.count("torch.add") == 1  # z is used by the caller and by its density
+
+
+def test_any_strides_of_densities():
+    arrange = [
+        lambda t: t.contiguous(memory_format=CL),
+        lambda t: torch.cat((t, t), 1).contiguous(memory_format=CL)[:, : t.shape[1]],
+        lambda t: torch.nn.functional.pad(t, (1, 2, 1, 3))[:, :, 1:-3, 1:-2],
+        lambda t: t.mT.contiguous().mT,
+        lambda t: t[:, :, :1].expand_as(t),
+    ]
+    tensors, grad = drawn((1, 3, 4, 5), 1.0, FLOAT, 0), torch.randn(3, 1).t()
+    for f in arrange:
+        for which in (range(3), [0], [2]):
+            strided = [f(t) if i in which else t for i, t in enumerate(tensors)]
+            found = density(strided, grad, "triton")
+            dense = density([t.contiguous() for t in strided], grad.contiguous(), "triton")
+            torch.testing.assert_close(found[0], dense[0], rtol=1e-6, atol=1e-5)
+            assert same(found[1:], dense[1:])
+            assert [t.stride() for t in found[1:]] == [torch.empty_like(t).stride() for t in strided]
+
+
+def test_offsets_of_64_bits_give_the_same_bits(monkeypatch, small_programs):
+    for layout in SHAPES:
+        args = inputs((1, 5, 9, 5), layout=layout)
+        narrow = group(*args[0], *args[1:], "triton")
+        with monkeypatch.context() as m:
+            m.setattr(_triton, "wide", lambda t: True)
+            assert same(narrow, group(*args[0], *args[1:], "triton"))
+
+
+def test_nan_and_infinity():
+    for where in range(3):
+        tensors = drawn((1, 2, 3, 6), 1.0, FLOAT, 0)
+        tensors[where][0, 1, 2, 3] = torch.nan
+        log_p, *found = density(tensors, torch.ones(1, 2), "triton")
+        assert log_p[0, 1].isnan() and not log_p[0, 0].isnan()
+        assert all(t.isnan().sum() == 1 and t[0, 1, 2, 3].isnan() for t in found)
+    tensors = drawn((1, 2, 3, 6), 1.0, FLOAT, 0)
+    tensors[0][0, 1, 2, 3] = torch.inf
+    assert F.normal_log_prob(*tensors, impl="triton")[0, 1] == -torch.inf
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
+def test_empty(shape):
+    both, noise, grads = inputs(shape)
+    found = group(*both, noise, grads, "triton")
+    assert found[0].shape == shape and found[1].shape == shape[:2] and not any(t.any() for t in found)
+
+
+def test_shapes_and_types_that_do_not_fit_are_refused():
+    z, mu, log_sigma = drawn((2, 3, 4, 5), 1.0, FLOAT, 0)
+    raw = torch.ops.nvae_fast
+    with pytest.raises(RuntimeError, match="log_sigma has shape"):
+        raw.normal_log_prob_fwd(z, mu, log_sigma[:, :1], None)
+    with pytest.raises(RuntimeError, match="both mu and log_sigma, or neither"):
+        raw.normal_log_prob_fwd(z, mu, None, None)
+    with pytest.raises(RuntimeError, match="log_q has shape"):
+        raw.normal_log_prob_fwd(z, mu, log_sigma, torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match="dkl has shape"):
+        raw.normal_log_prob_bwd(None, torch.zeros(2, 4), z, mu, log_sigma, False)
