@@ -129,6 +129,17 @@ def native_predicate(device: str, *dtypes: torch.dtype) -> Predicate:
     return predicate
 
 
+def without_gradient(can_run: Predicate) -> Predicate:
+    """That of an implementation which cannot be differentiated."""
+
+    def predicate(tensors: Sequence[Tensor]) -> str | None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "a tensor requires a gradient, which only the reference gives"
+        return can_run(tensors)
+
+    return predicate
+
+
 @functools.cache
 def load_native() -> tuple[ModuleType | None, str | None]:
     """The extension module nvae_fast._C, loaded on the first call, or None and the reason."""

@@ -22,7 +22,7 @@ from nvae_fast.kernels.logistic_mixture import ops, reference
 COMPAT = ("nvlabs", "fixed")
 
 _impl.register("logistic_mixture_log_prob", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
-_impl.register("logistic_mixture_sample")
+_impl.register("logistic_mixture_sample", triton=ops.triton_can_sample)
 _impl.register("logistic_mixture_mean")
 
 
@@ -118,7 +118,12 @@ def logistic_mixture_sample(
     given = tuple(tuple(u.shape) for u in noise)
     if given != shapes:
         raise ValueError(f"noise of shapes {given}: expected (u_mixture, u_logistic) of shapes {shapes}")
-    _impl.resolve_impl("logistic_mixture_sample", impl, params)
+    if _impl.resolve_impl("logistic_mixture_sample", impl, params, *noise) != "reference":
+        factor = temperature if compat == "fixed" else 1.0 / temperature
+        u_mixture, u_logistic = (u.float() for u in noise)
+        return torch.ops.nvae_fast.logistic_mixture_sample_fwd(
+            params, u_mixture, u_logistic, num_mixtures, float(temperature), factor
+        )
     return reference.logistic_mixture_sample(params, *noise, num_mixtures=num_mixtures, temperature=temperature, compat=compat)
 
 

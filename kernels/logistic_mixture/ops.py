@@ -1,4 +1,4 @@
-"""Schema, shapes and autograd of `logistic_mixture_log_prob`. The native code registers itself when it loads."""
+"""Schemas, shapes and autograd of the mixture. The native code registers itself when it loads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
-from nvae_fast.kernels._impl import Predicate, native_predicate
+from nvae_fast.kernels._impl import Predicate, native_predicate, without_gradient
 
 _INPUTS = "Tensor x, Tensor params, int num_mixtures, int num_bits, bool fixed"
 
 torch.library.define("nvae_fast::logistic_mixture_log_prob_fwd", f"({_INPUTS}) -> Tensor")
 torch.library.define("nvae_fast::logistic_mixture_log_prob_bwd", f"(Tensor grad, {_INPUTS}) -> Tensor")
+torch.library.define(
+    "nvae_fast::logistic_mixture_sample_fwd",
+    "(Tensor params, Tensor u_mixture, Tensor u_logistic, int num_mixtures, float temperature, float factor) -> Tensor",
+)
 
-_triton.register("logistic_mixture", "logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd")
+_triton.register(
+    "logistic_mixture", "logistic_mixture_log_prob_fwd", "logistic_mixture_log_prob_bwd", "logistic_mixture_sample_fwd"
+)
 
 
 def _x_is_data(can_run: Predicate) -> Predicate:
@@ -33,6 +39,7 @@ def _x_is_data(can_run: Predicate) -> Predicate:
 
 cpu_can_run = _x_is_data(native_predicate("cpu", torch.float32, torch.bfloat16))
 triton_can_run = _x_is_data(_triton.can_run)
+triton_can_sample = without_gradient(_triton.can_run)
 
 
 @torch.library.register_fake("nvae_fast::logistic_mixture_log_prob_fwd")
@@ -43,6 +50,13 @@ def _forward_shape(x: Tensor, params: Tensor, num_mixtures: int, num_bits: int, 
 @torch.library.register_fake("nvae_fast::logistic_mixture_log_prob_bwd")
 def _backward_shape(grad: Tensor, x: Tensor, params: Tensor, num_mixtures: int, num_bits: int, fixed: bool) -> Tensor:
     return torch.empty_like(params)
+
+
+@torch.library.register_fake("nvae_fast::logistic_mixture_sample_fwd")
+def _sample_shape(
+    params: Tensor, u_mixture: Tensor, u_logistic: Tensor, num_mixtures: int, temperature: float, factor: float
+) -> Tensor:
+    return params.new_empty(u_logistic.shape, dtype=torch.float32)
 
 
 class LogisticMixtureLogProb(torch.autograd.Function):

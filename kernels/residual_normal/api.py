@@ -5,7 +5,7 @@ float32 (float64 for float64 input), whatever the input's dtype and autocast.
 
 `impl="auto"` takes "cpu" for float32 and bfloat16 tensors on the CPU (measured against the reference: README.md beside
 this file), "triton" for float32, bfloat16 and float16 tensors on CUDA where Triton is installed, else "reference".
-`normal_sample` has its reference only.
+`normal_sample` has "triton" where nothing requires a gradient, else its reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nvae_fast.kernels.residual_normal import ops, reference
 from nvae_fast.kernels.residual_normal.reference import ResidualNormalOutput
 
 _impl.register("residual_normal", triton=ops.triton_can_run, cpu=ops.cpu_can_run)
-_impl.register("normal_sample")
+_impl.register("normal_sample", triton=ops.triton_can_sample)
 _impl.register("normal_log_prob", triton=_triton.can_run, cpu=ops.density_on_cpu)
 
 
@@ -139,8 +139,10 @@ def normal_sample(
         raise ValueError(f"temperature is {temperature}: expected a number >= 0 (1 samples the model itself)")
     dtype = _check({"mu": mu, "log_sigma": log_sigma})
     noise = _noise(mu, noise, generator)
-    _impl.resolve_impl("normal_sample", impl, mu, log_sigma, noise)
-    return reference.normal_sample(mu.to(dtype), log_sigma.to(dtype), noise, temperature)
+    mu, log_sigma = _of_type((mu, log_sigma), dtype)
+    if _impl.resolve_impl("normal_sample", impl, mu, log_sigma, noise) == "reference":
+        return reference.normal_sample(mu, log_sigma, noise, temperature)
+    return torch.ops.nvae_fast.normal_sample_fwd(mu, log_sigma, noise, float(temperature))
 
 
 @_check.typed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
-from nvae_fast.kernels._impl import Predicate, native_predicate
+from nvae_fast.kernels._impl import Predicate, native_predicate, without_gradient
 
 _PARAMETERS = "Tensor mu_q, Tensor log_sigma_q, Tensor? mu_p, Tensor? log_sigma_p, Tensor noise, bool residual"
 _GRADIENTS = "Tensor? dz, Tensor? dkl, Tensor? dlog_q, Tensor? dlog_p, Tensor? dmu_p, Tensor? dlog_sigma_p"
@@ -21,9 +21,11 @@ torch.library.define("nvae_fast::residual_normal_fwd", f"({_PARAMETERS}) -> (Ten
 torch.library.define("nvae_fast::residual_normal_bwd", f"({_GRADIENTS}, {_PARAMETERS}, bool joined) -> Tensor[]")
 torch.library.define("nvae_fast::normal_log_prob_fwd", f"({_DENSITY}, Tensor? log_q) -> Tensor[]")
 torch.library.define("nvae_fast::normal_log_prob_bwd", f"(Tensor? dlog_p, Tensor? dkl, {_DENSITY}, bool joined) -> Tensor[]")
+torch.library.define("nvae_fast::normal_sample_fwd", "(Tensor mu, Tensor log_sigma, Tensor noise, float temperature) -> Tensor")
 
 _triton.register(
-    "residual_normal", *(f"{op}_{pass_}" for op in ("residual_normal", "normal_log_prob") for pass_ in ("fwd", "bwd"))
+    "residual_normal",
+    *("residual_normal_fwd", "residual_normal_bwd", "normal_log_prob_fwd", "normal_log_prob_bwd", "normal_sample_fwd"),
 )
 
 
@@ -41,6 +43,7 @@ def _noise_is_data(can_run: Predicate) -> Predicate:
 density_on_cpu = native_predicate("cpu", torch.float32, torch.bfloat16)
 cpu_can_run = _noise_is_data(density_on_cpu)
 triton_can_run = _noise_is_data(_triton.can_run)
+triton_can_sample = without_gradient(_triton.can_run)
 
 
 def _sums(like: Tensor, count: int) -> list[Tensor]:
@@ -102,6 +105,11 @@ def _log_prob_backward_shapes(
     dlog_p: Tensor | None, dkl: Tensor | None, z: Tensor, mu: Tensor | None, log_sigma: Tensor | None, joined: bool
 ) -> list[Tensor]:
     return [torch.empty_like(z), *empty_pairs([(mu, log_sigma)], joined)]
+
+
+@torch.library.register_fake("nvae_fast::normal_sample_fwd")
+def _sample_shape(mu: Tensor, log_sigma: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    return torch.empty_like(mu)
 
 
 def _four(parameters: Sequence[Tensor], joined: bool) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ from nvae_fast.kernels._math import log_positive
 from nvae_fast.kernels._tile import offset_of
 from nvae_fast.kernels._triton import line_strides
 from nvae_fast.kernels.residual_normal._log_prob import normal_log_prob_bwd, normal_log_prob_fwd
+from nvae_fast.kernels.residual_normal._sample import normal_sample_fwd
 from nvae_fast.kernels.residual_normal._tiles import (
     HALF_LOG_2PI,
     Sums,
@@ -30,7 +31,7 @@ from nvae_fast.kernels.residual_normal._tiles import (
 )
 from nvae_fast.kernels.residual_normal.ops import empty_pairs
 
-__all__ = ["normal_log_prob_bwd", "normal_log_prob_fwd", "residual_normal_bwd", "residual_normal_fwd"]
+__all__ = ["normal_log_prob_bwd", "normal_log_prob_fwd", "normal_sample_fwd", "residual_normal_bwd", "residual_normal_fwd"]
 
 
 @triton.jit

@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
 MODULES = "_join", "adamax.triton", "bn_act.triton", "bn_act.tables", "depthwise_conv.triton", "pointwise_conv.triton"
-MODULES += "se_residual.triton", "residual_normal.triton", "residual_normal._log_prob", "logistic_mixture.triton"
+MODULES += "se_residual.triton", "residual_normal.triton", "residual_normal._log_prob", "residual_normal._sample"
+MODULES += "logistic_mixture.triton", "logistic_mixture._sample"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d", "also_")}
@@ -36,6 +37,7 @@ KINDS = {
 }
 REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
 REALS |= {"eps", "share", "rate", "unbiased", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
+REALS |= {"temperature", "factor"}
 CONSTANTS = dict(ACT=1, WIDE=False, VAR=True, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
 CONSTANTS |= dict(AVERAGE=True, APPLIED=True, LOG_BETA1=-0.1, NEAR=True, DECAY=True)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
@@ -73,6 +75,10 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
             BLOCK_P=512,
             BLOCK_G=1,
         ),
+    ],
+    "logistic_mixture_sample": [
+        dict(layout="channels-last", params_c=1, mixture_p=1, logistic_p=1, C=3, M=10, BLOCK_P=128),
+        dict(layout="planar", params_p=1, mixture_p=1, logistic_p=1, C=3, M=10, BLOCK_P=128),
     ],
     "logistic_mixture": [
         dict(layout="channels-last", x_p=1, params_c=1, out_c=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
