@@ -35,10 +35,10 @@ def exp_reduced(shifted, r):
 
 
 @triton.jit
-def exp_parts(y):
-    """exp(y), |y| <= 80, as (scale, p)."""
+def exp_parts(y, rest=0.0):
+    """exp(y + rest), |y| <= 80, as (scale, p); rest is what rounding took from y."""
     shifted, n = round_to_step(y, 1.44269504)
-    return exp_reduced(shifted, (y - n * 0.693359375) + n * 2.12194440e-4)
+    return exp_reduced(shifted, ((y - n * 0.693359375) + n * 2.12194440e-4) + rest)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from nvae_fast.kernels.residual_normal._tiles import (
     columns,
     line,
     load,
-    load_gradient,
+    load_sum,
     normal,
     rows_of,
     store,
@@ -56,25 +56,25 @@ def residual_normal_log_prob_fwd_kernel(
             None if mu_p_ptr is None else mu_p_ptr + b * in_b, None if mu_p_ptr is None else log_sigma_p_ptr + b * in_b,
             z * in_z + p * in_p, inside
         )  # fmt: skip
-        v = (load(z_ptr + b * z_b, z * z_z + p * z_p, inside) - mean) / sigma
+        v = tl.div_rn(load(z_ptr + b * z_b, z * z_z + p * z_p, inside) - mean, sigma)
         log_p += tl.where(inside, -0.5 * (v * v) - HALF_LOG_2PI - log_positive(sigma), 0.0)
         p += STEP
     row, there = rows_of(Z, TASKS, G, BLOCK_G)
     total = sum_of(log_p, G, STEP, BLOCK_P, BLOCK_G)
+    log_q = load_sum(log_q_ptr, row // Z, row % Z, log_q_b, log_q_z, there)
     if parts_ptr is None:
-        store_densities(out_ptr, log_q_ptr, log_q_b, log_q_z, ROWS, Z, row, there, total)
+        store_densities(out_ptr, log_q_ptr, ROWS, row, there, total, log_q)
     else:
         tl.store(parts_ptr + task * ROWS + row, total, mask=there)
         if arrive(tickets_ptr + tl.program_id(0) // TASKS, TASKS):
             total = add_parts(parts_ptr, 0, TASKS, row, ROWS, ROWS).to(tl.float32)
-            store_densities(out_ptr, log_q_ptr, log_q_b, log_q_z, ROWS, Z, row, there, total)
+            store_densities(out_ptr, log_q_ptr, ROWS, row, there, total, log_q)
 
 
 @triton.jit
-def store_densities(out_ptr, log_q_ptr, log_q_b, log_q_z, ROWS, Z, row, there, log_p):
+def store_densities(out_ptr, log_q_ptr, ROWS, row, there, log_p, log_q):
     tl.store(out_ptr + row, log_p, mask=there)
     if log_q_ptr is not None:
-        log_q = tl.load(log_q_ptr + row // Z * log_q_b + row % Z * log_q_z, mask=there, other=0.0)
         tl.store(out_ptr + ROWS + row, log_q - log_p, mask=there)
 
 
@@ -93,8 +93,8 @@ def residual_normal_log_prob_bwd_kernel(
         z * in_z + p * in_p, inside
     )  # fmt: skip
     inverse = 1.0 / sigma
-    v = (load(z_ptr + b * z_b, z * z_z + p * z_p, inside) - mean) * inverse
-    g = load_gradient(dlog_p_ptr, b, z, log_p_b, log_p_z, used) - load_gradient(dkl_ptr, b, z, kl_b, kl_z, used)
+    v = tl.div_rn(load(z_ptr + b * z_b, z * z_z + p * z_p, inside) - mean, sigma)
+    g = load_sum(dlog_p_ptr, b, z, log_p_b, log_p_z, used) - load_sum(dkl_ptr, b, z, kl_b, kl_z, used)
     g = g * inverse
     store(dz_ptr + b * dz_b, z * dz_z + p * dz_p, -g * v, inside)
     if mu_p_ptr is not None:

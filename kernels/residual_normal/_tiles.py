@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._math import exp_of, exp_reduced, round_to_step
+from nvae_fast.kernels._math import exp_parts, exp_reduced, round_to_step
 from nvae_fast.kernels._tile import offset_of
 from nvae_fast.kernels._triton import line_strides
 
@@ -25,8 +25,8 @@ STEPS = 16  # values that a column adds up at most, in float32; beyond them, flo
 
 @triton.jit
 def soft_clamp(a):
-    """(c, dc/da) of c = 5 tanh(a / 5): near 0 a polynomial, which keeps all digits of c, else from q = 1 - |c| / 5 =
-    2 / (exp(0.4 |a|) + 1), which keeps those of the slope where c rounds to 5."""
+    """(c, what rounding took from c, dc/da) of c = 5 tanh(a / 5): near 0 a polynomial, which keeps all digits of c, else from
+    q = 1 - |c| / 5 = 2 / (exp(0.4 |a|) + 1), which keeps those of the slope where c rounds to 5."""
     x = tl.abs(a)
     x = tl.where(x > 100.0, 100.0, x)
     s = 0.04 * x * x
@@ -39,16 +39,19 @@ def soft_clamp(a):
     scale, rest = exp_reduced(shifted, 0.4 * ((x - n * 1.732421875) - n * 4.4607640e-4))
     q = 2.0 / (scale * rest + scale + 1.0)
     near = x < 2.75
-    c = tl.where(near, x + x * (s * p), 5.0 - 5.0 * q)
-    return tl.where(a < 0, -c, c), tl.where(near, 1.0 - 0.04 * (c * c), q * (2.0 - q))
+    start, step = tl.where(near, x, 5.0), tl.where(near, x * (s * p), -5.0 * q)
+    c = start + step
+    lost = step - (c - start)
+    return tl.where(a < 0, -c, c), tl.where(a < 0, -lost, lost), tl.where(near, 1.0 - 0.04 * (c * c), q * (2.0 - q))
 
 
 @triton.jit
 def normal(mu, log_sigma):
     """(mean, sigma, their derivatives by mu and log_sigma)"""
-    mean, by_mu = soft_clamp(mu)
-    clamped, by_log_sigma = soft_clamp(log_sigma)
-    e = exp_of(clamped)
+    mean, _lost, by_mu = soft_clamp(mu)
+    clamped, lost, by_log_sigma = soft_clamp(log_sigma)
+    scale, p = exp_parts(clamped, lost)  # an error of clamped becomes a relative one
+    e = scale + scale * p
     return mean, e + 0.01, by_mu, e * by_log_sigma
 
 
@@ -93,13 +96,13 @@ def sum_of(columns_, G: tl.constexpr, STEP: tl.constexpr, BLOCK_P: tl.constexpr,
 
 
 @triton.jit
-def load_gradient(ptr, b, z, stride_b, stride_z, used):
-    """The gradient of each column's sum; 0 where there is none."""
+def load_sum(ptr, b, z, stride_b, stride_z, used):
+    """Of sums [B, Z], or gradients of such, those at b and z; 0 where there are none."""
     if ptr is not None:
-        g = tl.load(ptr + b * stride_b + z * stride_z, mask=used, other=0.0)
+        found = tl.load(ptr + b * stride_b + z * stride_z, mask=used, other=0.0)
     else:
-        g = 0.0
-    return g
+        found = 0.0
+    return found
 
 
 class Tile:

@@ -22,7 +22,7 @@ from nvae_fast.kernels.residual_normal._tiles import (
     columns,
     line,
     load,
-    load_gradient,
+    load_sum,
     normal,
     rows_of,
     store,
@@ -50,6 +50,12 @@ def normals(mu_q_ptr, log_sigma_q_ptr, mu_p_ptr, log_sigma_p_ptr, at, inside, RE
 
 
 @triton.jit
+def quotients(mean, sigma, z, mean_p, sigma_p):
+    """(d, ratio, v), correctly rounded: their squares double the error."""
+    return tl.div_rn(mean - mean_p, sigma_p), tl.div_rn(sigma, sigma_p), tl.div_rn(z - mean_p, sigma_p)
+
+
+@triton.jit
 def residual_normal_fwd_kernel(
     mu_q_ptr, log_sigma_q_ptr, mu_p_ptr, log_sigma_p_ptr, noise_ptr, z_ptr, out_ptr, parts_ptr, tickets_ptr, ROWS, Z, P, CHUNK,
     TASKS, in_b, in_z, in_p, noise_b, noise_z, noise_p, out_b, out_z, out_p, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
@@ -68,9 +74,9 @@ def residual_normal_fwd_kernel(
             mu_q_ptr + b * in_b, log_sigma_q_ptr + b * in_b, None if mu_p_ptr is None else mu_p_ptr + b * in_b,
             None if mu_p_ptr is None else log_sigma_p_ptr + b * in_b, z * in_z + p * in_p, inside, RESIDUAL
         )  # fmt: skip
-        drawn, inverse = mean + sigma * noise, 1.0 / sigma_p
+        drawn = mean + sigma * noise
         store(z_ptr + b * out_b, z * out_z + p * out_p, drawn, inside)
-        d, ratio, v = (mean - mean_p) * inverse, sigma * inverse, (drawn - mean_p) * inverse
+        d, ratio, v = quotients(mean, sigma, drawn, mean_p, sigma_p)
         log_ratio, log_sigma = log_positive(ratio), log_positive(sigma)
         # A difference and a product, so that a small KL keeps its digits.
         kl += tl.where(inside, 0.5 * (d * d) + (0.5 * (ratio - 1.0) * (ratio + 1.0) - log_ratio), 0.0)
@@ -115,9 +121,9 @@ def residual_normal_bwd_kernel(
         None if mu_p_ptr is None else log_sigma_p_ptr + b * in_b, z * in_z + p * in_p, inside, RESIDUAL
     )  # fmt: skip
     inverse_q, inverse = 1.0 / sigma, 1.0 / sigma_p
-    d, ratio, v = (mean - mean_p) * inverse, sigma * inverse, (mean + sigma * noise - mean_p) * inverse
-    k, q = load_gradient(dkl_ptr, b, z, kl_b, kl_z, used), load_gradient(dlog_q_ptr, b, z, log_q_b, log_q_z, used)
-    s = load_gradient(dlog_p_ptr, b, z, log_p_b, log_p_z, used)
+    d, ratio, v = quotients(mean, sigma, mean + sigma * noise, mean_p, sigma_p)
+    k, q = load_sum(dkl_ptr, b, z, kl_b, kl_z, used), load_sum(dlog_q_ptr, b, z, log_q_b, log_q_z, used)
+    s = load_sum(dlog_p_ptr, b, z, log_p_b, log_p_z, used)
     g = -s * v * inverse
     if dz_ptr is not None:
         g += load(dz_ptr + b * dz_b, z * dz_z + p * dz_p, inside)

@@ -16,6 +16,7 @@ PRODUCTS = tuple(f"pointwise_conv_{name}_kernel" for name in ("fwd", "du", "dwei
 JOINING = {f"bn_act_{name}_kernel" for name in ("stats", "sums")} | {"se_residual_fwd_kernel"}  # what their programs leave
 JOINING |= {f"{op}_conv_{name}_kernel" for op in ("depthwise", "pointwise") for name in ("fwd", "du")}
 OF_IMAGES = {f"se_residual_{name}_kernel" for name in ("gate", "dgate")}  # what the programs of an image leave
+OF_IMAGES |= {"residual_normal_fwd_kernel", "residual_normal_log_prob_fwd_kernel"}
 
 
 @pytest.fixture(scope="session")
