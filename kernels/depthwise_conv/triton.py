@@ -226,8 +226,11 @@ def _backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Ten
 
 def _activated(x: Tensor, bn: Tensor | None, act: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(x as the convolution reads it, the weight as taps [k^2, C])"""
+    taps = weight.flatten(1).t()
     if bn is None:
-        return x, weight.flatten(1).t().contiguous()
+        return x, taps.contiguous()
+    if taps.is_contiguous():  # as a folded model keeps them
+        return bn_act.bn_act_fwd(x, bn, act), taps
     return bn_act.activated(x, bn, act, weight)
 
 

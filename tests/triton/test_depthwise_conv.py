@@ -79,6 +79,8 @@ def test_any_strides_64_bit_offsets_and_reruns_give_the_same_bits(monkeypatch):
     dense = outcome(depthwise, args, n, "triton")
     sliced = lambda t: torch.cat((t, t), 1)[:, t.shape[1] :] if t.shape[1] > 1 else t.mT.contiguous().mT  # noqa: E731
     same(dense, outcome(depthwise, args, n, "triton", sliced, torch.Tensor.contiguous))
+    ready = lambda t: t if t.shape[1] > 1 else t.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)  # noqa: E731
+    same(dense, outcome(depthwise, args, n, "triton", ready))  # filters as a folded model keeps them
     same(dense, outcome(depthwise, args, n, "triton"))
     monkeypatch.setattr(_triton, "wide", lambda t: True)
     same(dense, outcome(depthwise, args, n, "triton"))

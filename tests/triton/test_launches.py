@@ -72,7 +72,7 @@ def test_what_is_counted_is_launched(launches, monkeypatch, work):
 
 
 def test_the_count_of_a_small_preset():
-    """Ours is a cell's 12 and 17 launches, and the rest; the plain model's several times that."""
+    """Ours is a cell's 11 and 11 launches, and the rest; the plain model's several times that."""
     ours, plain = count(SMALL, precision="fp32", batch=2)
     model = NVAE(SMALL)
     branches = sum(isinstance(m, InvertedResidual) for m in model.modules())
@@ -80,21 +80,20 @@ def test_the_count_of_a_small_preset():
     assert ours["adamax_step_kernel"] == ours["adamax_squares_kernel"] == ours["weight_norm_fwd_kernel"] == 1
     assert ours["logistic_mixture_fwd_kernel"] == 0 and ours["residual_normal_fwd_kernel"] == len(SMALL.latent_shapes)
     assert not any(name.startswith(("adamax", "pointwise", "power_iteration", "weight_norm")) for name in plain)
-    assert ours.total() <= 450 and plain.total() >= 3.5 * ours.total()  # no step back: lower it with every launch that goes
+    assert ours.total() <= 350 and plain.total() >= 5.5 * ours.total()  # no step back: lower it with every launch that goes
 
 
 def test_the_count_of_samples():
-    """A cell is two 1x1 convolutions, a normalised image, a depthwise convolution and the three of its squeeze-excitation:
+    """A cell is two 1x1 convolutions, a normalised image, a depthwise convolution and the two of its squeeze-excitation:
     no tables, no norms of weights, no copies of filters; of images there are two, at the top."""
     ours, plain = count_sampling(SMALL, batch=1)
     decoder = NVAE(SMALL)
     cells = sum(isinstance(m, Cell) for part in (decoder.dec_tower, decoder.post_process) for m in part)
     kernels = {name: n for name, n in ours.items() if name.endswith("_kernel")}
-    counts = {f"{name}_kernel": cells for name in ("bn_act_fwd", "depthwise_conv_fwd", "se_residual_sums", "se_residual_fwd",
-                                                   "se_residual_apply")}  # fmt: skip
+    counts = {f"{name}_kernel": cells for name in ("bn_act_fwd", "depthwise_conv_fwd", "se_residual_gate", "se_residual_fwd")}
     counts |= {"pointwise_conv_fwd_kernel": 2 * cells, "residual_normal_sample_kernel": len(SMALL.latent_shapes)}
     assert kernels == counts and not ours[UPLOAD]
-    assert ours["torch.clone"] <= 2 and ours.total() <= 70 and plain.total() >= 5 * ours.total()
+    assert ours["torch.clone"] <= 2 and ours.total() <= 33 and plain.total() >= 9 * ours.total()
 
 
 def test_launches_of_operations_of_torch():
