@@ -50,10 +50,13 @@ def in_any_order_kernel(from_ptr, order_ptr, out_ptr, parts_ptr, tickets_ptr, TA
         tl.store(out_ptr + C + c, b.to(tl.float32), mask=c < C)
 
 
-def joined(x, parts, stats, order, block=4):
+def joined(x, parts, stats, order, group=None, block=4):
+    """By the kernel above; `group` tasks are joined first, by default as many as `join` says."""
     tasks, _, channels = parts.shape
     out, blocks = torch.full((2, channels), torch.nan), triton.cdiv(channels, block)
     given = join(parts, tasks, channels, blocks)
+    if group:
+        given = given._replace(parts=parts.new_empty(2 * tasks, 2, channels), GROUP=group)
     given.parts.fill_(torch.nan)
     in_any_order_kernel[(tasks, blocks)](parts, order, out, *given, len(x), channels, ROWS, STATS=stats, BLOCK_C=block)
     assert not given.tickets.any()  # as the next launch expects them
@@ -61,14 +64,20 @@ def joined(x, parts, stats, order, block=4):
 
 
 def test_the_last_program_joins_the_same_bits_in_any_order_launch_after_launch():
-    for tasks in (1, 16, 17, 530, 40):
+    for tasks, group in ((1, None), (17, None), (40, 17), (40, 2)):  # a group, and groups, of more than are read at a time
         x, parts = parts_of(tasks, last=3)
-        ways = [torch.arange(tasks), torch.arange(tasks).flip(0), torch.randperm(tasks)]
+        ways = torch.arange(tasks), torch.randperm(tasks)
         for stats in (True, False):
-            found, *others = (joined(x, parts, stats, order) for order in ways)
-            assert all(torch.equal(found, other) for other in others)
+            found, other = (joined(x, parts, stats, order, group) for order in ways)
+            assert torch.equal(found, other)
             truth = torch.stack((x.mean(0), x.var(0, correction=0))) if stats else parts.double().sum(0)
             torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("tasks", "group", "groups"), [(1, 16, 0), (16, 16, 0), (17, 16, 2), (513, 17, 31), (2000, 63, 32)])
+def test_a_task_has_a_row_and_so_has_a_group_of_several(tasks, group, groups):
+    found = join(torch.empty(0), tasks, 5, 3)
+    assert (found.TASKS, found.GROUP, found.parts.shape) == (tasks, group, (tasks + groups, 2, 5))
 
 
 def test_nan_stays_in_its_channel_and_an_equal_channel_has_no_negative_variance():
