@@ -125,7 +125,10 @@ class ResidualNormal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, noise: Tensor, residual: bool, joined: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """inputs: noise, residual, joined, *parameters"""
+        # Named in the signature, with two parameters: torch.compile would take ctx for one argument too many, and drop it.
+        noise, residual, joined, *parameters = inputs
         ctx.save_for_backward(noise, *parameters)
         ctx.options = residual, joined
         ctx.set_materialize_grads(False)
@@ -155,7 +158,9 @@ class NormalLogProb(torch.autograd.Function):
     """log p and, given log q, log q - log p. Keeps z and the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, log_q: Tensor | None, joined: bool, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """inputs: z, log_q or None, joined, *parameters"""
+        z, log_q, joined, *parameters = inputs  # not in the signature, as above
         ctx.save_for_backward(z, *parameters)
         ctx.joined = joined
         ctx.set_materialize_grads(False)

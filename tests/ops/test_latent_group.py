@@ -138,6 +138,22 @@ def test_compiles_without_a_graph_break(impl, flow):
 
 
 @native
+@pytest.mark.parametrize("count", [1, 2])
+def test_compiles_without_a_gradient(count):
+    posterior, noise = draw(2, 6, 4, 3), draw(2, 3, 4, 3, seed=2)
+    prior = (draw(2, 6, 4, 3, seed=1),) * (count - 1)
+    calls = (
+        lambda: rn.latent_group(posterior, *prior, noise=noise, flow=lambda z: 2 * z, impl="cpu"),
+        lambda: rn.residual_normal(*(posterior.chunk(2, 1) * count), noise=noise, impl="cpu"),
+        lambda: [rn.normal_log_prob(noise, *(posterior.chunk(2, 1) * (count - 1)), impl="cpu")],
+    )
+    for f in calls:
+        torch._dynamo.reset()
+        for a, b in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(), f(), strict=True):
+            assert torch.equal(a, b)
+
+
+@native
 def test_second_derivative_is_refused_with_the_cure():
     leaves = [draw(1, 2, 3, 4, seed=i).requires_grad_() for i in range(3)]
     (first,) = torch.autograd.grad(rn.normal_log_prob(*leaves, impl="cpu").sum(), leaves[:1], create_graph=True)
