@@ -218,7 +218,7 @@ class NVAE(ModelFiles, nn.Module):
         """
         c = self.config
         convolutions, norms = self.convolutions(), self.batch_norms()
-        with shared_effective_weights(convolutions, norms):
+        with shared_effective_weights(m for m in self.modules() if isinstance(m, (nn.Conv2d, BatchNormAct2d))):
             out = self(x, noise)
             bn = sr = out.log_q.new_zeros(())
             if isinstance(spectral_coeff, Tensor) or spectral_coeff:

@@ -1,4 +1,4 @@
-"""shared_weights: what a pass computes with instead of its parameters, all from one autograd node.
+"""shared_weights: what a pass computes with instead of its parameters, from one autograd node or a few.
 
 `impl="auto"` takes "cpu" for float32 parameters on the CPU, "triton" for float32 ones on CUDA where Triton is installed, else
 "reference", which is torch's operations one by one and joins nothing.
@@ -35,11 +35,17 @@ class SharedWeights:
 
     Autograd alone takes a launch for each cast, and for each its gradient, and makes and adds each u v^T.
 
+    Gradients of the parameters of a node come together, when the last value of it has its own. With `limits` there are several
+    nodes, cut from the end of the list (whose gradients come first, if it is in the order of the pass), and each runs as soon
+    as it can.
+
     Args:
         weights: L tensors of any shape; those with a log_norm have two axes or more.
         log_norms, masks: as in `weight_norm`, None where a weight is taken as it is.
         dtypes: the type of each value.
         eps: of `weight_norm`.
+        limits: bytes of the gradients of a node at which it is full: the first for the node at the end of the list, the last
+            for all that remain; () for one node.
         impl: "auto", "reference", "cpu", "triton" (float32 parameters). The reference alone can be differentiated twice.
     """
 
@@ -51,6 +57,7 @@ class SharedWeights:
         dtypes: Sequence[torch.dtype],
         *,
         eps: float = 1e-5,
+        limits: Sequence[int] = (),
         impl: str = "auto",
     ) -> None:
         if not len(weights) == len(log_norms) == len(masks) == len(dtypes):
@@ -62,7 +69,7 @@ class SharedWeights:
         ]
         self._inputs = list(weights), list(log_norms), masks, eps
         self.terms: dict[int, ops.Term] = {}
-        self._zeros: dict[str, Tensor] = {}
+        self._zeros: dict[str, list[Tensor]] = {}
         self._matrices: list[Tensor] | None = None
         learned = any(t is not None and t.requires_grad for t in (*weights, *log_norms))
         # torch.compile fuses casts itself
@@ -71,17 +78,22 @@ class SharedWeights:
         if self.impl == "reference":
             self.values = [w.to(dtype) for w, dtype in zip(self._normalised(), dtypes, strict=True)]
             return
-        plan = ops.Plan(self.impl, tuple(dtypes), eps, REGULARISERS)
-        # the terms, not self, which has the zeros, which have them
-        *self.values, self._zeros["spectral"], self._zeros["norm"] = ops.Shared.apply(
-            plan, self.terms, *weights, *log_norms, *masks
-        )
-        if not (learned and torch.is_grad_enabled()):
-            self._zeros.clear()
+        self.values = []
+        for part in ops.cuts([w.numel() * w.element_size() for w in weights], limits):
+            plan = ops.Plan(self.impl, tuple(dtypes[part]), eps, REGULARISERS, part.start)
+            # the terms, not self, which has the zeros, which have them
+            found = ops.Shared.apply(plan, self.terms, *weights[part], *log_norms[part], *masks[part])
+            values, zeros = found[: -len(REGULARISERS)], found[-len(REGULARISERS) :]
+            self.values += values
+            if learned and torch.is_grad_enabled():
+                ops.run_when_ready(zeros[0])
+                for name, zero in zip(REGULARISERS, zeros, strict=True):
+                    self._zeros.setdefault(name, []).append(zero)
 
     def claim(self, regulariser: str) -> Tensor | None:
         """The zero through which that regulariser gets its gradients; it is given away once."""
-        return self._zeros.pop(regulariser, None)
+        zeros = self._zeros.pop(regulariser, None)
+        return zeros if zeros is None else zeros[0] if len(zeros) == 1 else torch.stack(zeros).sum()
 
     def matrix(self, i: int) -> Tensor:
         """values[i] in the type of its weight, without gradient."""

@@ -47,6 +47,27 @@ class Plan(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     eps: float
     names: tuple[str, ...]  # of the regularisers
+    first: int  # the number that its first weight has among the terms
+
+
+def cuts(sizes: Sequence[int], limits: Sequence[int]) -> list[slice]:
+    """Runs of consecutive items, in order. From the end: each is closed when its sizes reach its limit, the last limit being
+    that of all further ones; one run without limits."""
+    begins, total, limits = [], 0, list(limits) or [math.inf]
+    for i in reversed(range(len(sizes))):
+        total += sizes[i]
+        if total >= limits[0] or i == 0:
+            begins.insert(0, i)
+            total, limits = 0, limits[1:] or limits
+    return [slice(a, b) for a, b in zip(begins, [*begins[1:], len(sizes)], strict=True)]
+
+
+def run_when_ready(result: Tensor) -> None:
+    """Let the node of `result` go before all others that are ready: autograd prefers those made last, and it was made first.
+    Where torch offers no way, it runs after them, with the same numbers."""
+    put = getattr(result.grad_fn, "_set_sequence_nr", None)
+    if put is not None:
+        put(2**62)
 
 
 def places(sizes: Iterable[int]) -> tuple[list[int], int]:
@@ -123,7 +144,8 @@ class Shared(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         weights, log_norms, masks = thirds(ctx.saved_tensors)
         factors = dict(zip(ctx.plan.names, grads[len(weights) :], strict=True))
-        terms = {i: (factors[name], u, v) for i, (name, u, v) in ctx.terms.items() if factors[name] is not None}
+        own = {i: ctx.terms.get(i + ctx.plan.first) for i in range(len(weights))}
+        terms = {i: (factors[t[0]], *t[1:]) for i, t in own.items() if t is not None and factors[t[0]] is not None}
         which = [i for i, learned in enumerate(ctx.learned) if learned and (grads[i] is not None or i in terms)]
         found: list[Tensor | None] = [None] * 2 * len(weights)
         if which:

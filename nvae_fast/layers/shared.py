@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nvae_fast.kernels.shared_weights import SharedWeights
 
 NORM_EPS = 1e-5
+BUCKETS = 2**20, 25 * 2**20  # bytes: the first that DistributedDataParallel sends during a backward, and each other one
 PLACES = {"weight": "effective", "bias": "effective_bias"}  # attributes for the duration of a pass, by parameter
 
 
@@ -22,17 +24,18 @@ def effective(module: nn.Module, name: str = "weight") -> Tensor | None:
 
 
 @contextmanager
-def shared_effective_weights(convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d] = ()) -> Iterator[None]:
-    """Inside, all `convs` share one computation of their weights, normalised where they are, in the type that autocast has now;
-    gradients of the regularisers of their weights and of the `norms` join the others on their way to the parameters.
+def shared_effective_weights(modules: Iterable[nn.Conv2d | nn.BatchNorm2d]) -> Iterator[None]:
+    """Inside, all convolutions share one computation of their weights, normalised where they are, in the type that autocast has
+    now; gradients of the regularisers of their weights and of the batch norms join the others on their way to the parameters.
+
+    One process has them all from one autograd node. Several, which send gradients while the backward pass runs, have a node for
+    each `BUCKETS` of gradients, in the order of the `modules`, which should be about that of the pass.
 
     Convolutions that are still to be initialised from data are passed over. Nested uses share the outer. Autocast must not
     change inside.
     """
     joins = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    found = [i for m in convs for i in _of_convolution(m, joins)]
-    if joins:
-        found += [_Item(n, "weight", n.weight.dtype) for n in norms if n.weight is not None and effective(n) is n.weight]
+    found = [i for m in modules for i in (_of_convolution if isinstance(m, nn.Conv2d) else _of_norm)(m, joins)]
     if found:
         normalised = [i.name == "weight" and hasattr(i.module, "log_weight_norm") for i in found]
         shared = SharedWeights(
@@ -41,6 +44,7 @@ def shared_effective_weights(convs: Iterable[nn.Conv2d], norms: Iterable[nn.Batc
             [i.module.mask if n else None for i, n in zip(found, normalised, strict=True)],
             [i.dtype for i in found],
             eps=NORM_EPS,
+            limits=BUCKETS if joins and sends_gradients() else (),
         )
         for number, (item, value) in enumerate(zip(found, shared.values, strict=True)):
             _put(item.module, PLACES[item.name], value)
@@ -53,6 +57,11 @@ def shared_effective_weights(convs: Iterable[nn.Conv2d], norms: Iterable[nn.Batc
             _put(item.module, PLACES[item.name], None)
             if joins:
                 _put(item.module, "joint", None)
+
+
+def sends_gradients() -> bool:
+    """Whether there are other processes that gradients go to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _put(module: nn.Module, name: str, value: object) -> None:
@@ -78,6 +87,11 @@ def _of_convolution(conv: nn.Conv2d, joins: bool) -> Iterator[_Item]:
         yield _Item(conv, "weight", dtype)
     if dtype != own and conv.bias is not None:
         yield _Item(conv, "bias", dtype)
+
+
+def _of_norm(norm: nn.BatchNorm2d, joins: bool) -> Iterator[_Item]:
+    if joins and norm.weight is not None and effective(norm) is norm.weight:
+        yield _Item(norm, "weight", norm.weight.dtype)
 
 
 def _compute_dtype(conv: nn.Conv2d) -> torch.dtype:

@@ -28,7 +28,9 @@ class Loss(nn.Module):
 
 def parallel_loss(model: NVAE, processes: Processes) -> Callable[..., dict[str, Tensor]] | None:
     """What TrainingStep takes as its loss: None with one process, else one whose backward averages the gradients, bucket by
-    bucket while it runs. Batch norms are joined and hence equal everywhere: their buffers need not travel."""
+    bucket while it runs: those of convolutions and of the scales of batch norms come in parts of about a bucket
+    (`shared_effective_weights`), others one by one. Batch norms are joined and hence equal everywhere: their buffers need not
+    travel."""
     if processes.size == 1:
         return None
     known = inspect.signature(DistributedDataParallel).parameters

@@ -204,7 +204,7 @@ def trained(low, sharing, joint, steps=2, frozen=()):
         convs, norms = model.kind(nn.Conv2d), model.kind(BatchNormAct2d)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             if sharing:
-                with shared_effective_weights(convs, norms if joint else ()):
+                with shared_effective_weights([*convs, *(norms if joint else ())]):
                     y, extra = model(x).float(), spectral(convs) + 2 * bn_regularizer(norms)
             else:
                 y, extra = model(x).float(), spectral(convs) + 2 * bn_regularizer(norms)

@@ -14,6 +14,7 @@ import torch
 import torch._dynamo  # before the fork: the optimiser imports it at its first step
 
 from nvae_fast import NVAE, PRESETS
+from nvae_fast.layers import shared
 from nvae_fast.optim import make_optimizer
 from nvae_fast.regularization import SpectralState
 from nvae_fast.training.distributed import joined
@@ -119,6 +120,7 @@ def agree(processes) -> None:
 
 
 def main(path: str) -> None:
+    shared.BUCKETS = 2**12, 2**14  # bytes: several nodes in the small model too
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
