@@ -115,6 +115,13 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == kept else t.to(torch.get_autocast_dtype(kind)) for t in (x, *others))
 
 
+def shared(given: Tensor, read: Tensor, passed: Tensor) -> Tensor:
+    """The argument x of an op, for whoever reads it beside the op: as its autograd function `passed` it through, which adds the
+    other gradient in a pass of its own backward, or as it was `given` where the function `read` a cast of it or there is no
+    gradient to add to."""
+    return passed if given.requires_grad and given.dtype == read.dtype else given
+
+
 def tensors(norm: Norm) -> Parts:
     weight, bias, stats = (None if t is None else t.float() for t in (norm.weight, norm.bias, norm.stats))
     if not norm.uses_batch:

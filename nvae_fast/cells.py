@@ -68,17 +68,20 @@ class ActConv(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
                                      dilation, data_init=not bn)  # fmt: skip
 
-    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
-        """`stats`: mean and variance [2, C] of x where the op before has returned them."""
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_x: bool = False) -> Any:
+        """`stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: return (y, x), as
+        `functional.conv2d` does."""
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
             norm = self.bn.norm._replace(stats=stats)
             return F.conv2d(x, conv.effective_weight(), effective(conv, "bias"), norm=norm, act=self.act,
-                            stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0])  # fmt: skip
+                            stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0],
+                            return_x=return_x)  # fmt: skip
+        given = x
         x = tf.elu(x) if self.bn is None else self.bn(x, stats)
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
-        return self.conv(x)
+        return (self.conv(x), given) if return_x else self.conv(x)
 
 
 def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -152,14 +155,17 @@ class Cell(nn.Module):
         """`stats`: mean and variance [2, C] of x where the op before has returned them; `return_stats`: return (out, stats of
         out), the latter None where they do not come for nothing."""
         *first, last = self.ops
-        y, bn = x, None
-        known = {} if stats is None else {"stats": stats}
-        for op in first:
-            y, known = op(y, **known), {}
-        if isinstance(last, InvertedResidual):
-            y, bn = last.branch(y, **known)  # its last normalisation is done where the branch joins the skip connection
-        else:
-            y = last(y, **known)
+        options: dict[str, Any] = {} if stats is None else {"stats": stats}
+        if isinstance(self.skip, nn.Identity) and x.requires_grad and torch.is_grad_enabled():
+            options["return_x"] = True  # the backward of the first op then adds the two gradients of x
+        y, rest = x, []
+        for op in (*first, last.branch if isinstance(last, InvertedResidual) else last):
+            found = op(y, **options)
+            y, *rest = found if isinstance(found, tuple) else (found,)
+            if "return_x" in options:
+                x = rest.pop()
+            options = {}
+        bn = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
         if self.se is not None:
             return self.se.residual(self.skip(x), y, bn=bn, return_stats=return_stats)
         return F.se_residual(self.skip(x), y, None, None, None, None, bn=bn, return_stats=return_stats)

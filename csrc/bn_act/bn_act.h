@@ -25,10 +25,10 @@ struct Kernels {
   void (*forward)(const Shape&, const T* x, const float* bn, T* y, int64_t task);
   // [2][channels]: sum(du), sum(du (x - mean)), du = dy act'(u)
   void (*sums)(const Shape&, const T* dy, const T* x, const float* bn, float* partial, int64_t task);
-  // dx = c0 du + c1 x + c2, c [3][channels]
-  void (*backward)(const Shape&, const T* dy, const T* x, const float* bn, const float* c, T* dx, int64_t task);
-  // du <- c0 du + c1 x + c2
-  void (*affine)(const Shape&, const T* x, const float* c, T* du, int64_t task);
+  // dx = c0 du + c1 x + c2 + also, c [3][channels], also null: 0
+  void (*backward)(const Shape&, const T* dy, const T* x, const float* bn, const float* c, const T* also, T* dx, int64_t task);
+  // du <- c0 du + c1 x + c2 + also
+  void (*affine)(const Shape&, const T* x, const float* c, const T* also, T* du, int64_t task);
 };
 
 }  // namespace nvae::bn_act

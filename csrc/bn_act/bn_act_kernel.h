@@ -78,9 +78,9 @@ void sums_act(const Shape& s, const T* dy, const T* x, const float* bn, float* p
   });
 }
 
-// bn null: du = dy
-template <int ACT, bool BN, typename T>
-void backward_act(const Shape& s, const T* dy, const T* x, const float* bn, const float* coef, T* dx, int64_t task) {
+// bn null: du = dy; also null: nothing is added
+template <int ACT, bool BN, bool ALSO, typename T>
+void backward_of(const Shape& s, const T* dy, const T* x, const float* bn, const float* coef, const T* also, T* dx, int64_t task) {
   for_tiles(s, task, [&](int64_t m0, int64_t rows) __attribute__((always_inline)) {
     for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
       constexpr int NV = decltype(vectors)::value;
@@ -101,10 +101,18 @@ void backward_act(const Shape& s, const T* dy, const T* x, const float* bn, cons
             activate_both<ACT>(t * scale[v] + shift[v], value, slope);
             du *= slope;
           }
-          store_n(dx + i, du * c0[v] + t * c1[v] + c2[v], n);
+          vf out = du * c0[v] + t * c1[v] + c2[v];
+          if constexpr (ALSO) out += load_n(also + i, n);
+          store_n(dx + i, out, n);
         }
     });
   });
+}
+
+template <int ACT, bool BN, typename T>
+void backward_act(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, const T* also, T* dx, int64_t task) {
+  const auto run = also ? backward_of<ACT, BN, true, T> : backward_of<ACT, BN, false, T>;
+  run(s, dy, x, bn, c, also, dx, task);
 }
 
 template <typename T>
@@ -118,15 +126,15 @@ void sums(const Shape& s, const T* dy, const T* x, const float* bn, float* parti
   run(s, dy, x, bn, partial, task);
 }
 template <typename T>
-void backward(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, T* dx, int64_t task) {
+void backward(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, const T* also, T* dx, int64_t task) {
   const auto run = s.act == kSwish ? backward_act<kSwish, true, T>
                    : s.act == kElu ? backward_act<kElu, true, T>
                                    : backward_act<kIdentity, true, T>;
-  run(s, dy, x, bn, c, dx, task);
+  run(s, dy, x, bn, c, also, dx, task);
 }
 template <typename T>
-void affine(const Shape& s, const T* x, const float* c, T* du, int64_t task) {
-  backward_act<kIdentity, false, T>(s, du, x, nullptr, c, du, task);
+void affine(const Shape& s, const T* x, const float* c, const T* also, T* du, int64_t task) {
+  backward_act<kIdentity, false, T>(s, du, x, nullptr, c, also, du, task);
 }
 
 template <typename T>

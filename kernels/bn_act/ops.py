@@ -27,8 +27,10 @@ torch.library.define(  # `applied`: sums is the gradient of bn [5, C] that `Appl
 )
 torch.library.define("nvae_fast::bn_act_fwd", "(Tensor x, Tensor bn, int act) -> Tensor")
 torch.library.define("nvae_fast::bn_act_sums", "(Tensor dy, Tensor x, Tensor bn, int act, float count=0.) -> Tensor")
-torch.library.define("nvae_fast::bn_act_bwd", "(Tensor dy, Tensor x, Tensor bn, int act, Tensor c) -> Tensor")
-torch.library.define("nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c) -> ()")
+torch.library.define(  # `also`, where there is one, is added to dx: another gradient of the same x
+    "nvae_fast::bn_act_bwd", "(Tensor dy, Tensor x, Tensor bn, int act, Tensor c, Tensor? also=None) -> Tensor"
+)
+torch.library.define("nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c, Tensor? also=None) -> ()")
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
 triton_can_run = _triton.can_run
@@ -79,12 +81,12 @@ def _sums_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_bwd")
-def _backward_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor) -> Tensor:
+def _backward_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor, also: Tensor | None = None) -> Tensor:
     return empty_image(x, *x.shape)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_affine_")
-def _affine_shape(du: Tensor, x: Tensor, c: Tensor) -> None:
+def _affine_shape(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None) -> None:
     return None
 
 

@@ -98,7 +98,7 @@ def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, T
 
 @_triton.autotuned("C")
 @triton.jit
-def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr,
+def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, also_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr,
                       BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -107,16 +107,22 @@ def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, dx_ptr, M, C, ACT: tl.conste
     scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
     du = differentiate(load_rows(dy_ptr, m, c, M, C), x * scale[None, :] + shift[None, :], ACT)
     c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
-    store_rows(dx_ptr, m, c, M, C, du * c0[None, :] + x * c1[None, :] + c2[None, :])
+    dx = du * c0[None, :] + x * c1[None, :] + c2[None, :]
+    if also_ptr is not None:
+        dx += load_rows(also_ptr, m, c, M, C)
+    store_rows(dx_ptr, m, c, M, C, dx)
 
 
 @triton.jit
-def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, M, C, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, also_ptr, M, C, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_C: tl.constexpr):  # fmt: skip
     """In place, which is why it is not tuned: a tuner would run it more than once."""
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
     du = load_rows(du_ptr, m, c, M, C) * c0[None, :] + load_rows(x_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
+    if also_ptr is not None:
+        du += load_rows(also_ptr, m, c, M, C)
     store_rows(du_ptr, m, c, M, C, du)
 
 
@@ -162,24 +168,26 @@ def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0)
     return out
 
 
-def bn_act_bwd(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor) -> Tensor:
+def bn_act_bwd(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor, also: Tensor | None = None) -> Tensor:
     x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
     bn, c = _triton.floats("coefficients", bn, 5, x.shape[1]), _triton.floats("c", c, 3, x.shape[1])
+    also = None if also is None else _triton.image("also", also, x)
     dx = empty_image(x, *x.shape)
     if x.numel():
         rows, channels, grid, block_c = _elementwise(x)
-        bn_act_bwd_kernel[grid](dy, x, bn, c, dx, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
+        bn_act_bwd_kernel[grid](dy, x, bn, c, also, dx, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
     return dx
 
 
-def bn_act_affine_(du: Tensor, x: Tensor, c: Tensor) -> None:
+def bn_act_affine_(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None) -> None:
     x, dense = _triton.image("x", x), _triton.image("du", du, x)
     c = _triton.floats("c", c, 3, x.shape[1])
+    also = None if also is None else _triton.image("also", also, x)
     if x.numel():
         rows, channels, grid, block_c = _elementwise(x)
         tile = {"BLOCK": 2048, "BLOCK_C": block_c}
         bn_act_affine_kernel[grid(tile)](
-            dense, x, c, rows, channels, WIDE=_triton.wide(x), BLOCK_M=2048 // block_c, BLOCK_C=block_c
+            dense, x, c, also, rows, channels, WIDE=_triton.wide(x), BLOCK_M=2048 // block_c, BLOCK_C=block_c
         )
     if dense is not du:
         du.copy_(dense)

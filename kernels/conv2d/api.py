@@ -25,8 +25,9 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    return_x: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """A dense convolution behind a batch normalisation and an activation, which are not kept but computed again in backward.
 
     x [N, C, H, W], any strides; weight [C_out, C, k, k], bias [C_out] or None. Zeros are padded around a = act(norm(x)). The
@@ -35,11 +36,14 @@ def conv2d(
 
     norm: a `Norm` over C channels. In training its running statistics move, once.
     act: "identity", "swish" or "elu".
+    return_x: return (y, x), where x is to be read by others too (a skip connection): the gradient that comes back to it is
+        added in the last pass of this backward, which saves the pass of autograd's addition.
     impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too), of the normalisation. The reference
         keeps a, and alone can be differentiated twice.
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError for an `impl` that cannot run.
     """
+    given = x
     x, weight = _norm_conv.check(x, weight, norm, act)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [C_out, {x.shape[1]}, k, k]")
@@ -54,6 +58,8 @@ def conv2d(
     sizes = stride, padding, dilation
     impl = _auto.choose("conv2d", impl, [x], [weight], fused=True)
     if _impl.resolve_impl("conv2d", impl, x) == "reference":
-        return reference.conv2d(_norm_conv.normalised(x, norm, act), weight, bias, *sizes)
+        y = reference.conv2d(_norm_conv.normalised(x, norm, act), weight, bias, *sizes)
+        return (y, given) if return_x else y
     code = _norm.ACTIVATIONS.index(act)
-    return ops.NormConv2d.apply(x, weight, bias, *_norm.tensors(norm), _norm.config(norm), code, sizes)
+    y, passed = ops.NormConv2d.apply(x, weight, bias, *_norm.tensors(norm), _norm.config(norm), code, sizes)
+    return (y, _norm.shared(given, x, passed)) if return_x else y

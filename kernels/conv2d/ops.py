@@ -14,7 +14,7 @@ from nvae_fast.kernels.conv2d.reference import conv2d
 
 class NormConv2d(torch.autograd.Function):
     """conv2d(act(norm(x)), weight, bias); keeps x, the weight and bn [5, C], and computes act(norm(x)) again. Moves the running
-    statistics."""
+    statistics. x is an output as well, for what else reads it: that gradient then comes here, and is added in the last pass."""
 
     @staticmethod
     def forward(
@@ -31,16 +31,19 @@ class NormConv2d(torch.autograd.Function):
         config: _norm.NormConfig,
         act: int,
         sizes: tuple[int, int, int],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         bn, count = _norm.coefficients(x, _norm.Parts(gamma, beta, found, running_mean, running_var, batches), config)
         y = conv2d(torch.ops.nvae_fast.bn_act_fwd(x, bn, act), weight, bias, *sizes)
         ctx.save_for_backward(x, weight, bn)
         ctx.settings = config, act, sizes, count, None if bias is None else [len(bias)]
-        return y
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
 
     @staticmethod
     @first_order("conv2d")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return also, *(None for _ in range(11))
         raw = torch.ops.nvae_fast
         x, weight, bn = ctx.saved_tensors
         config, act, (stride, padding, dilation), count, bias = ctx.settings
@@ -56,5 +59,5 @@ class NormConv2d(torch.autograd.Function):
         if parts:
             table = raw.bn_act_sums(da, x, bn, act, count)
             c, dgamma, dbeta = _norm.gradients(table, bn, count, config)
-            dx = raw.bn_act_bwd(da, x, bn, act, c)
+            dx = raw.bn_act_bwd(da, x, bn, act, c, also)
         return dx, dweight, dbias, dgamma if wanted[3] else None, dbeta if wanted[4] else None, *(None for _ in range(7))

@@ -8,6 +8,7 @@ for float32, bfloat16 and float16 images on CUDA "cuda" where the extension was 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -33,8 +34,9 @@ def inverted_residual(
     upsample: int = 1,
     memory: str = "balanced",
     defer: bool = False,
+    return_x: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor | None]:
+) -> Tensor | tuple[Tensor | None, ...]:
     """[nearest x2] -> BN -> 1x1 -> BN + Swish -> depthwise k x k -> BN + Swish -> 1x1 -> BN, without biases.
 
     Args:
@@ -49,6 +51,8 @@ def inverted_residual(
             reference keeps what autograd keeps, about 40.
         defer: return (t, bn) with the last normalisation still to be applied, as `se_residual(bn=...)` does; bn is None where t
             is y already (the reference).
+        return_x: return x as well, as the last: (y, x) or (t, bn, x), where it is to be read by others too (a skip connection).
+            The gradient that comes back to it is added in the last pass of this backward, which saves autograd's addition.
         impl: "auto", "reference", "cpu" (float32, bfloat16, k up to 11), "triton" (CUDA; float16 too) or "cuda" (the depthwise
             stage in CUDA C++, k up to 27, the others in Triton). The reference alone can be differentiated twice.
 
@@ -60,6 +64,7 @@ def inverted_residual(
     """
     weights = {"expand": expand, "depthwise": depthwise, "project": project}
     _check(x, weights, norms, stride, upsample, memory)
+    given = x
     x, expand, depthwise, project = _norm.autocast(x, *weights.values())
     for name, t in zip(weights, (expand, depthwise, project), strict=True):
         if t.dtype != x.dtype or t.device != x.device:
@@ -70,12 +75,18 @@ def inverted_residual(
     impl = _impl.resolve_impl("inverted_residual", impl, x, depthwise)
     if impl == "reference":
         y = reference.inverted_residual(x, expand, depthwise, project, norms, stride=stride, upsample=upsample)
-        return (y, None) if defer else y
+        return outputs(y, None, given, defer, return_x)
     parts = [t for norm in norms for t in _norm.tensors(norm)]
     configs = tuple(_norm.config(norm, copies) for norm, copies in zip(norms, (upsample**2, upsample**2, 1, 1), strict=True))
     settings = configs, stride, upsample, memory == "low", impl
-    t3, bn3 = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
-    return (t3, bn3) if defer else ApplyNorm.apply(t3, bn3)
+    t3, bn3, passed = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
+    return outputs(t3 if defer else ApplyNorm.apply(t3, bn3), bn3, _norm.shared(given, x, passed), defer, return_x)
+
+
+def outputs(y: Tensor, bn: Tensor | None, x: Tensor, defer: bool, return_x: bool) -> Any:
+    """Of the three, what the caller wants."""
+    found = (y, *((bn,) if defer else ()), *((x,) if return_x else ()))
+    return found if len(found) > 1 else y
 
 
 def _check(x: Tensor, weights: dict[str, Tensor], norms: Sequence[Norm], stride: int, upsample: int, memory: str) -> None:

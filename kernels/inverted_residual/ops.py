@@ -38,7 +38,8 @@ def cuda_can_run(tensors: Sequence[Tensor]) -> str | None:
 
 
 class InvertedResidual(torch.autograd.Function):
-    """Returns (t3, bn3), with the running statistics moved. bn3's gradient rows are those of `bn_act.ops.ApplyNorm`.
+    """Returns (t3, bn3, x), with the running statistics moved. bn3's gradient rows are those of `bn_act.ops.ApplyNorm`; x is an
+    output for what else reads it: that gradient then comes here, and is added in the last pass.
 
     Keeps x, t1, t2, t3, or with `low` x and t3: t1 and t2 are then computed again, from the statistics of the forward.
     """
@@ -77,11 +78,13 @@ class InvertedResidual(torch.autograd.Function):
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
         ctx.settings = configs, stride, upsample, (n0, n1, n2, n3), impl
         ctx.set_materialize_grads(False)
-        return t3, bn3
+        return t3, bn3, x.view_as(x)
 
     @staticmethod
     @first_order("inverted_residual")
-    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dt3 is None and dbn3 is None:
+            return also, *(None for _ in ctx.needs_input_grad[1:])
         x, t1, t2, t3, expand, depthwise, project, bn0, bn1, bn2, bn3 = ctx.saved_tensors
         configs, stride, upsample, counts, impl = ctx.settings
         raw, depthwise_conv_fwd, depthwise_conv_bwd = _raw_ops(impl)
@@ -102,7 +105,7 @@ class InvertedResidual(torch.autograd.Function):
         c, dw1, db1 = _norm.gradients(table, bn1, counts[1], configs[1])
         du, dexpand, table = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
         c, dw0, db0 = _norm.gradients(table, bn0, counts[0], configs[0])
-        raw.bn_act_affine_(du, x, c)
+        raw.bn_act_affine_(du, x, c, also)
         parts = (
             part for pair in ((dw0, db0), (dw1, db1), (dw2, db2), (dw3, db3)) for part in (*pair, *(None for _ in range(4)))
         )

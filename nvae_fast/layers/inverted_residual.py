@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.errors import InputError
 from nvae_fast.kernels.inverted_residual import MEMORY
+from nvae_fast.kernels.inverted_residual.api import outputs
 from nvae_fast.layers.conv import same_padding
 from nvae_fast.layers.norm import BatchNormAct2d
 from nvae_fast.layers.shared import effective
@@ -47,20 +50,21 @@ class InvertedResidual(nn.Module):
         self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
         self.bn_out = BatchNormAct2d(out_channels, act="identity", **bn)
 
-    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
-        return self.branch(x, stats, defer=False)
+    def forward(self, x: Tensor, stats: Tensor | None = None, **options: bool) -> Any:
+        return self.branch(x, stats, defer=False, **options)
 
-    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True) -> Tensor | tuple[Tensor, Tensor | None]:
+    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True, return_x: bool = False) -> Any:
         """(t, bn): the output with its last normalisation still to be done by `functional.se_residual(bn=...)`,
-        or (y, None). `stats`: mean and variance [2, C] of x where the op before has returned them."""
+        or (y, None). `stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: and x behind
+        them, as `functional.inverted_residual` returns it."""
         if self.depthwise.groups != self.depthwise.in_channels:
             y = self._grouped(x, stats)
-            return (y, None) if defer else y
+            return outputs(y, None, x, defer, return_x)
         norms = [bn.norm for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
         norms[0] = norms[0]._replace(stats=stats)
         return F.inverted_residual(
             x, *map(effective, (self.expand, self.depthwise, self.project)), norms, stride=self.depthwise.stride[0],
-            upsample=2 if self.upsample else 1, memory=self.memory, defer=defer,
+            upsample=2 if self.upsample else 1, memory=self.memory, defer=defer, return_x=return_x,
         )  # fmt: skip
 
     def _grouped(self, x: Tensor, stats: Tensor | None) -> Tensor:

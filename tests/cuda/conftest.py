@@ -31,9 +31,9 @@ def cuda_on_cpu(library, monkeypatch) -> Library:
         pytest.skip("nvae_fast was installed without its native extension, which does the normalisation's tables here")
     stats, affine_ = torch.ops.nvae_fast.bn_act_stats, torch.ops.nvae_fast.bn_act_affine_  # which know no float16 on the CPU
 
-    def affine_of_any_type(du: Tensor, x: Tensor, c: Tensor) -> None:
+    def affine_of_any_type(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None) -> None:
         wide = du.float()
-        affine_(wide, x.float(), c)
+        affine_(wide, x.float(), c, None if also is None else also.float())
         du.copy_(wide)
 
     monkeypatch.setattr(torch.ops.nvae_fast, "bn_act_stats", lambda x: stats(x.float()))

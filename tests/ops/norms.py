@@ -182,6 +182,24 @@ def branch(t, n, impl, **options):
     return F.inverted_residual(*t, n, impl=impl, **options)
 
 
+JOINS = {  # of what a branch made of x with x itself: the gradient that comes back to x is dense, strided, or all there is
+    "added": lambda y, x: y + x.to(y.dtype),
+    "beside": lambda y, x: torch.cat((y, x.to(y.dtype)), 1),
+    "x alone": lambda y, x: x + 0 * y.detach().to(x.dtype),
+    "y alone": lambda y, x: y,
+}
+
+
+def skipping(op, join="added", passed=True, **options):
+    """Calls op(t, n, impl) and joins with x, `passed` through the op or read by both."""
+
+    def call(t, n, impl):
+        y, x = op(t, n, impl, return_x=True, **options) if passed else (op(t, n, impl, **options), t[0])
+        return JOINS[join](y, x)
+
+    return call
+
+
 def se(t, n, impl, **options):
     gate = t[2:] if len(t) > 2 else (None,) * 4
     return F.se_residual(t[0], t[1], *gate, impl=impl, **options)
@@ -220,7 +238,9 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
             [x, tensor(9, 20, 3, 3, scale=0.1)],
             [norm(20)],
         ),
+        "dense passes x": (skipping(dense, padding=1), [x, tensor(20, 20, 3, 3, scale=0.1), tensor(20)], [norm(20)]),
         "branch": (branch, *mix),
+        "branch passes x": (skipping(branch), branch_tensors(batch, 6, 20, 6, 6, 5), branch_norms(6, 20, 6)),
         "branch low": (lambda t, n, i: branch(t, n, i, memory="low"), *mix),
         "branch stride 2": (lambda t, n, i: branch(t, n, i, stride=2, memory="fast"), *mix),
         "branch upsample": (lambda t, n, i: branch(t, n, i, upsample=2), *mix),

@@ -23,7 +23,9 @@ MODULES = "_join", "adamax.triton", "bn_act.triton", "bn_act.tables", "depthwise
 MODULES += "se_residual.triton", "residual_normal.triton", "residual_normal._log_prob", "residual_normal._sample"
 MODULES += "logistic_mixture.triton", "logistic_mixture._sample"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
-STORED = {f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip")}  # images; every other pointer is a float32 table
+STORED = {
+    f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip", "also")
+}  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d", "also_")}
 STORED |= {"h1_ptr"}
 KINDS = {
@@ -89,6 +91,8 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
 ABSENT = {  # which pointers a launcher may leave out
     "bn_act_coefficients_kernel": [("weight_ptr",), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
+    "bn_act_bwd_kernel": [("also_ptr",)],
+    "bn_act_affine_kernel": [("also_ptr",)],
     "depthwise_conv_fwd_kernel": [("parts_ptr",)],
     "depthwise_conv_dweight_kernel": [("y_ptr", "c_ptr", "g_ptr")],
     "depthwise_conv_du_kernel": [("x_ptr", "bn_ptr", "parts_ptr")],

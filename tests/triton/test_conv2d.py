@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from norms import copied, dense, image, leaf, norm, tensor
+from norms import copied, dense, image, leaf, norm, skipping, tensor
 
 from nvae_fast import functional as F
 
@@ -21,6 +21,27 @@ def test_values_and_gradients(check, shape, act, training, dtype):
     tensors = [image(n, c_in, h, w), tensor(c_out, c_in, k, k, scale=(c_in * k * k) ** -0.5), tensor(c_out)]
     call = lambda t, n, i: dense(t, n, i, act, stride=stride, padding=padding, dilation=dilation)  # noqa: E731
     check(call, tensors, [norm(c_in, training=training)], dtype, images=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("join", ["added", "beside"])
+def test_x_passed_through(check, join, dtype):
+    tensors = [image(2, 20, 6, 5), tensor(20, 20, 3, 3, scale=0.07)]
+    check(skipping(dense, join, padding=1), tensors, [norm(20)], dtype, images=2)
+
+
+def test_two_gradients_of_x_are_added_without_a_launch(launches):
+    found = []
+    for passed in (True, False):
+        leaves = [leaf(image(2, 5, 4, 4)), leaf(tensor(5, 5, 3, 3))]
+        y = skipping(dense, passed=passed, padding=1)(leaves, [copied(norm(5))], "triton")
+        dy = image(2, 5, 4, 4, seed=1)
+        with launches() as names:
+            found.append([torch.autograd.grad(y, leaves, dy), names])
+    (ours, names), (autograds, others) = found
+    assert others == [*names, "torch.add"]
+    for t, other in zip(ours, autograds, strict=True):
+        torch.testing.assert_close(t, other, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_that_nobody_wants_are_left_out(launches):

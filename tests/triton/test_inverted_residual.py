@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from norms import branch, branch_norms, branch_tensors, image, leaf, needs_native, outcome, same, se_tensors, tensor
+from norms import branch, branch_norms, branch_tensors, leaf, needs_native, outcome, same, se_tensors, skipping, tensor
 
 from nvae_fast import functional as F
 
@@ -54,6 +54,11 @@ def test_the_deferred_normalisation_is_done_by_se_residual(check, gate, memory):
         return F.se_residual(t[4], y, *(t[5:] if gate else (None,) * 4), residual_scale=0.5, bn=bn, impl=impl)
 
     check(pair, [*tensors, skip, *(rest if gate else [])], norms, FLOAT, 5)
+
+
+@pytest.mark.parametrize(("join", "memory", "dtype"), [("added", "low", FLOAT), ("beside", "balanced", HALF)])
+def test_x_passed_through(check, join, memory, dtype):
+    check(skipping(branch, join, memory=memory), *arguments(2, 7, 18, 7, 4, 5, 3), dtype, 4)
 
 
 def test_running_statistics_move_once_however_often_backward_runs():
@@ -124,9 +129,8 @@ def test_launches_of_a_cell(launches, memory):
     tensors, norms = arguments(2, 4, 12, 4, 4, 4, 3)
     norms = [n._replace(weight=leaf(n.weight), bias=leaf(n.bias)) for n in norms]
     leaves = [leaf(t) for t in (*tensors, *se_tensors(2, 4, 4, 4)[2:])]
-    skip = image(2, 4, 4, 4, seed=1)
     with launches() as forward:
-        t, bn = branch(leaves[:4], norms, "triton", memory=memory, defer=True)
+        t, bn, skip = branch(leaves[:4], norms, "triton", memory=memory, defer=True, return_x=True)
         y = F.se_residual(skip, t, *leaves[4:], bn=bn, impl="triton")
     dy, wanted = tensor(*y.shape, seed=5), [*leaves, *(p for n in norms for p in n[:2])]
     with launches() as backward:
