@@ -109,9 +109,9 @@ def _check(x: Tensor, weights: dict[str, Tensor], norms: Sequence[Norm], stride:
         raise ValueError(f"memory {memory!r}: expected one of {', '.join(MEMORY)}")
     if len(norms) != 4:
         raise ValueError(f"{len(norms)} norms: expected 4, before and behind the three convolutions")
-    for norm, width, name in zip(norms, (channels, hidden, hidden, out), ("x", "expand", "depthwise", "project"), strict=True):
+    before = x.shape[0] * x.shape[2] * x.shape[3] * upsample**2
+    behind = x.shape[0] * -(-x.shape[2] // 2) * -(-x.shape[3] // 2) if stride == 2 else before
+    seen = zip(norms, (channels, hidden, hidden, out), ("x", *weights), (before, before, behind, behind), strict=True)
+    for norm, width, name, values in seen:
         _norm.check_norm(norm, x, width, name)
-    pixels = x.shape[2] * x.shape[3] * upsample**2
-    _norm.check_batch(norms[0], x.shape[0] * pixels, x.shape)
-    if stride == 2:
-        _norm.check_batch(norms[2], x.shape[0] * -(-x.shape[2] // 2) * -(-x.shape[3] // 2), x.shape)
+        _norm.check_batch(norm, values, x.shape)

@@ -123,6 +123,9 @@ def test_inverted_residual(impl):
     assert "memory 'none': expected one of fast, balanced, low" in say(memory="none")
     assert "3 norms: expected 4" in say(norms=branch_norms(6, 8, 5)[:3])
     assert "more than 1 value per channel" in say(x=image(1, 6, 2, 2), stride=2)
+    for i in range(4):  # that one alone takes the batch's
+        norms = [n._replace(training=i == j) for j, n in enumerate(branch_norms(6, 8, 5))]
+        assert "more than 1 value per channel" in say(x=image(1, 6, 1, 1), norms=norms)
 
 
 @impls
