@@ -77,11 +77,15 @@ class ActConv(nn.Module):
             return F.conv2d(x, conv.effective_weight(), effective(conv, "bias"), norm=norm, act=self.act,
                             stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0],
                             return_x=return_x)  # fmt: skip
-        given = x
-        x = tf.elu(x) if self.bn is None else self.bn(x, stats)
+        if self.bn is None:
+            a = tf.elu(x)
+        elif return_x:
+            a, x = self.bn(x, stats, return_x=True)
+        else:
+            a = self.bn(x, stats)
         if self.upsample:
-            x = tf.interpolate(x, scale_factor=2, mode="nearest")
-        return (self.conv(x), given) if return_x else self.conv(x)
+            a = tf.interpolate(a, scale_factor=2, mode="nearest")
+        return (self.conv(a), x) if return_x else self.conv(a)
 
 
 def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:

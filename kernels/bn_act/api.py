@@ -32,8 +32,9 @@ def bn_act(
     act: str = "swish",
     process_group: dist.ProcessGroup | None = None,
     stats: Tensor | None = None,
+    return_x: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = act(u), u = weight (x - mean) / sqrt(var + eps) + bias, per channel of x [B, C, H, W].
 
     Training (or no running statistics): mean and biased variance of the batch. Training also moves the running
@@ -49,6 +50,8 @@ def bn_act(
         act: "swish" (u sigmoid(u)), "elu" (u, or exp(u) - 1 below 0) or "identity".
         process_group: joins the batches of this group's processes when training; None uses this process's alone.
         stats: mean and biased variance [2, C] of x where another op has returned them; the reference takes its own.
+        return_x: return (y, x), where x is to be read by others too: the gradient that comes back to it is added in the last
+            pass of this backward, which saves the pass of autograd's addition.
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too); both keep x and 5 C floats for
             backward. The reference alone can be differentiated twice.
 
@@ -70,7 +73,7 @@ def bn_act(
     _norm.check_batch(norm, values, x.shape)
     impl = _auto.choose("bn_act", impl, [x])
     if _impl.resolve_impl("bn_act", impl, x) == "reference":
-        return reference.bn_act(
-            x, *norm[:5], training=training, momentum=momentum, eps=eps, act=act, process_group=process_group
-        )
-    return ops.BnAct.apply(x, *_norm.tensors(norm), _norm.config(norm), ACTIVATIONS.index(act))
+        y = reference.bn_act(x, *norm[:5], training=training, momentum=momentum, eps=eps, act=act, process_group=process_group)
+        return (y, x) if return_x else y
+    y, passed = ops.BnAct.apply(x, *_norm.tensors(norm), _norm.config(norm), ACTIVATIONS.index(act))
+    return (y, _norm.shared(x, x, passed)) if return_x else y

@@ -91,7 +91,8 @@ def _affine_shape(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None) 
 
 
 class BnAct(torch.autograd.Function):
-    """Returns act(BN(x)), keeps x and bn, and moves the running statistics."""
+    """Returns (act(BN(x)), x), keeps x and bn, and moves the running statistics. x is an output for what else reads it: that
+    gradient then comes here, and is added in the last pass."""
 
     @staticmethod
     def forward(
@@ -105,19 +106,22 @@ class BnAct(torch.autograd.Function):
         batches: Tensor | None,
         config: _norm.NormConfig,
         act: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         bn, count = _norm.coefficients(x, _norm.Parts(weight, bias, stats, running_mean, running_var, batches), config)
         ctx.save_for_backward(x, bn)
         ctx.count, ctx.config, ctx.act = count, config, act
-        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act)
+        ctx.set_materialize_grads(False)
+        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act), x.view_as(x)
 
     @staticmethod
     @first_order("bn_act")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return also, *(None for _ in range(8))
         x, bn = ctx.saved_tensors
         table = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act, ctx.count)
         c, dweight, dbias = _norm.gradients(table, bn, ctx.count, ctx.config)
-        dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c)
+        dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c, also)
         wanted = ctx.needs_input_grad
         return dx, dweight if wanted[1] else None, dbias if wanted[2] else None, *(None for _ in range(6))
 

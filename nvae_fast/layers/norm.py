@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,12 +47,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
             self.training or mean is None, self.momentum, self.eps, group,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
-        """`stats`: mean and variance [2, C] of x where the op before has returned them."""
+    def forward(self, x: Tensor, stats: Tensor | None = None, **options: bool) -> Any:
+        """`stats`: mean and variance [2, C] of x where the op before has returned them; `options`: `return_x` of
+        `functional.bn_act`."""
         self._check_input_dim(x)
         n = self.norm
         return F.bn_act(x, *n[:5], training=n.training, momentum=n.momentum, eps=n.eps, act=self.act,
-                        process_group=n.process_group, stats=stats)  # fmt: skip
+                        process_group=n.process_group, stats=stats, **options)  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}" + (", sync" if self.sync else "")

@@ -75,3 +75,25 @@ def test_a_cell_behind_a_cell_takes_no_statistics_of_what_it_reads(ops):
             run([m.train() for m in tower(OPS[ops])], chained=chained)
         counts.append(calls.count)
     assert counts[0] - counts[1] == 3
+
+
+@needs_native
+@pytest.mark.parametrize("memory", ["fast", "balanced", "low"])
+@pytest.mark.parametrize("ops", ["residual", "branch"])
+def test_the_two_gradients_of_what_a_cell_reads_are_added_by_no_pass_of_their_own(ops, memory):
+    cell = tower(OPS[ops])[0].train()
+    for op in cell.ops:
+        op.memory = memory
+    g = torch.Generator().manual_seed(1)
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 2, 8, 8, 8, generator=g))
+    x.requires_grad_()
+    found, counts = [], []
+    for skip in (cell.skip, nn.Sequential()):  # the latter hands x on as well, but is not known to
+        cell.skip = skip
+        y = cell(x)
+        with Calls("add") as calls:
+            found.append([y, *torch.autograd.grad(y, [x, *cell.parameters()], dy)])
+        counts.append(calls.count)
+    assert counts[1] - counts[0] == 1
+    for ours, autograds in zip(*found, strict=True):
+        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)

@@ -162,8 +162,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert t.dtype == b[name].dtype and torch.equal(t.nan_to_num(7e7), b[name].nan_to_num(7e7)), name
 
 
-def bn_act(t, n, impl, act="swish"):
-    return F.bn_act(t[0], *n[0][:5], training=n[0].training, momentum=n[0].momentum, eps=n[0].eps, act=act, impl=impl)
+def bn_act(t, n, impl, act="swish", **options):
+    return F.bn_act(t[0], *n[0][:5], training=n[0].training, momentum=n[0].momentum, eps=n[0].eps, act=act, impl=impl,
+                    **options)  # fmt: skip
 
 
 def pointwise(t, n, impl, act="swish", **options):
@@ -225,6 +226,7 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
     mix = branch_tensors(batch, 6, 20, 7, 6, 5), branch_norms(6, 20, 7)
     return {
         "bn_act": (bn_act, [x], [norm(20)]),
+        "bn_act passes x": (skipping(bn_act), [x], [norm(20)]),
         "bn_act eval": (bn_act, [x], [norm(20, training=False)]),
         "pointwise": (pointwise, [x, tensor(9, 20, 1, 1)], [norm(20)]),
         "pointwise plain": (pointwise, [x, tensor(9, 20, 1, 1)], []),
