@@ -42,7 +42,7 @@ REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
 REALS |= {"eps", "share", "rate", "unbiased", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 REALS |= {"temperature", "factor"}
 CONSTANTS = dict(ACT=1, WIDE=False, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
-CONSTANTS |= dict(AVERAGE=True, APPLIED=True, LOG_BETA1=-0.1, NEAR=True, DECAY=True)
+CONSTANTS |= dict(AVERAGE=True, APPLIED=True, LOG_BETA1=-0.1, NEAR=True, DECAY=True, TERMS=False)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
 JOIN = "parts_ptr", "tickets_ptr"
 DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
@@ -88,7 +88,7 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
         dict(layout="planar", x_p=1, params_p=1, out_p=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
     ],
 }
-ABSENT = {  # which pointers a launcher may leave out
+ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 then, which Triton makes constants
     "bn_act_coefficients_kernel": [("weight_ptr",), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
     "bn_act_bwd_kernel": [("also_ptr",)],
@@ -101,7 +101,7 @@ ABSENT = {  # which pointers a launcher may leave out
     "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
     "power_iteration_sweep_kernel": [("norms_ptr",), ("norms_ptr", "shares_ptr")],
     "power_iteration_finish_kernel": [("norms_ptr",)],
-    "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr")],
+    "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr", "TASKS")],
     "se_residual_fwd_kernel": [JOIN, (*JOIN, "bn_ptr"), (*JOIN, "state_ptr"), (*JOIN, "state_ptr", "bn_ptr")],
     "se_residual_dgate_kernel": [("bn_ptr",), ("w1_ptr", "w2_ptr", "tickets_ptr", "shares_ptr")],
     "se_residual_bwd_kernel": [
@@ -122,22 +122,25 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
 }
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
     "flow_cell": dict(PITCH=128, TILE_N=1, TILE_H=16, TILE_W=16, BLOCK_E=32, BLOCK_H=64, BLOCK_Z=32, BLOCK_K=32, num_warps=8),
     "flow_cell_join": dict(BLOCK=1024, BLOCK_T=16, num_warps=4),
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),
-    "shared_weights": dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
+    "shared_weights": SHARED,
     "se_residual_fwd": dict(num_warps=8),
     "se_residual_gate": dict(BLOCK_W=128),
     "se_residual_dgate": dict(BLOCK_W=128),
-    "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32, RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True),
+    "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
 }
 OTHERS = {  # than CONSTANTS say
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
     "depthwise_conv_dweight_kernel": [dict(BLOCK_T=8, BLOCK_M=8)],
     "depthwise_conv_du_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
+    "weight_norm_fwd_kernel": [{}, SHARED],
+    "weight_norm_bwd_kernel": [{}, SHARED],
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -146,9 +149,9 @@ def tiles(name: str, storage: str) -> list[dict]:
     """The constants and options that a launcher may choose, beside CONSTANTS."""
     if name not in PRODUCTS:
         said = [values for start, values in FIXED.items() if name.startswith(start)]
-        if said:
-            return [dict(pair for values in said for pair in values.items())]
-        return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), OTHERS.get(name, [{}]))
+        fixed = dict(pair for values in said for pair in values.items())
+        others = [fixed | values for values in OTHERS.get(name, [{}])]
+        return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), others)
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
     return [{f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | {"num_warps": row[3]} for row in rows]
@@ -156,16 +159,17 @@ def tiles(name: str, storage: str) -> list[dict]:
 
 def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False,
              wide: bool = False, tile: dict | None = None, unit: int = 16):  # fmt: skip
-    """`absent` pointers are None; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes;
+    """`absent` pointers are None, sizes 1; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes;
     `unit`: that C, K and N are multiples of is said by UNIT, UNIT_K and UNIT_N alone."""
     tile = tiles(name, storage)[-1] if tile is None else tile
     names = kernel.arg_names
     constants = (
         CONSTANTS
         | (dict(PRECISION="tf32", PIXELS=64) if storage == "bf16" else dict(PRECISION="bf16x6", PIXELS=32))
+        | dict.fromkeys(("RESULT", "GIVEN"), TYPES[storage])
         | tile
         | {"WIDE": wide, "STORED": TYPES[storage]}
-        | dict.fromkeys(absent)
+        | {n: None if n.endswith("_ptr") else 1 for n in absent}
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
     )
     multiples = ("C", "K", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
