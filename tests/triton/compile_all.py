@@ -159,8 +159,8 @@ def tiles(name: str, storage: str) -> list[dict]:
 
 def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False,
              wide: bool = False, tile: dict | None = None, unit: int = 16):  # fmt: skip
-    """`absent` pointers are None, sizes 1; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and sizes;
-    `unit`: that C, K and N are multiples of is said by UNIT, UNIT_K and UNIT_N alone."""
+    """`absent` pointers are None and sizes 1; `ones`: integers are 1, which Triton makes constants; `wide`: 64-bit offsets and
+    sizes; `unit`: that C, K and N are multiples of is said by UNIT, UNIT_K and UNIT_N alone."""
     tile = tiles(name, storage)[-1] if tile is None else tile
     names = kernel.arg_names
     constants = (

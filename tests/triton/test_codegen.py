@@ -120,7 +120,7 @@ def test_adamax_reads_and_writes_an_arena_16_bytes_at_a_time(rows):
 
 
 def test_nothing_spills_into_local_memory(rows):
-    """But for one or two values of the gradient of a doubled image in float32: ptxas prefers 128 registers and a stack of 8 or 16
+    """But for a few values of the gradient of a doubled image in float32: ptxas prefers 128 registers and a stack of 8 or 16
     bytes to the 198 that the kernel takes without doubling. `local` has the bytes of the stack, of stores to it and loads."""
     stack = {("depthwise_conv_du_kernel", "fp32", 80): 32, ("depthwise_conv_du_kernel", "fp32", 90): 56}
     spilling = [row for row in rows if row["local"] > stack.get((row["kernel"], row["storage"], row["arch"]), 0)]
