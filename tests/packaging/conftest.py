@@ -65,8 +65,10 @@ def install(tmp_path_factory) -> Callable[[Path], Path]:
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
         call(*pip, cwd=env)
         packages = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=env).strip()
-        # A path in a .pth is searched, but the .pth files in it (an editable nvae_fast) are not read.
-        Path(packages, "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        # Paths in a .pth are searched, but the .pth files in them (an editable nvae_fast) are not read: all of this one's are
+        # needed, as torch may be in an environment that this one sees.
+        own = {sysconfig.get_path("purelib"), *(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages"))}
+        Path(packages, "torch_of_the_tests.pth").write_text("\n".join(sorted(own)) + "\n")
         return env / "bin"
 
     return into

@@ -246,9 +246,11 @@ def test_a_module_in_the_forward_pass(model, name, monkeypatch):
     module = model.get_submodule(name)
     forward = type(module).forward
 
-    def bad(x, *rest):
-        out = forward(module, x, *rest)
-        return torch.where(torch.arange(out.shape[1])[:, None, None] == 1, NAN, out)
+    def bad(x, *rest, **options):
+        out = forward(module, x, *rest, **options)
+        y, *stats = out if options else [out]
+        y = torch.where(torch.arange(y.shape[1])[:, None, None] == 1, NAN, y)
+        return (y, *stats) if options else y
 
     monkeypatch.setattr(module, "forward", bad)
     found = look(model)
@@ -267,7 +269,7 @@ def test_something_between_modules(model, monkeypatch):
 def test_a_module_in_the_backward_pass(model, name, monkeypatch):
     module = model.get_submodule(name)
     forward = type(module).forward
-    monkeypatch.setattr(module, "forward", lambda x, *rest: forward(module, Poison.apply(x), *rest))
+    monkeypatch.setattr(module, "forward", lambda x, *rest, **options: forward(module, Poison.apply(x), *rest, **options))
     found = look(model)
     assert found.where == f"the backward of {name} ({type(module).__name__})"
     assert found.what.startswith("the gradient of its input holds 0 NaN and 1 infinite of ")

@@ -135,13 +135,13 @@ def test_results_on_a_full_disk(processes, finished, exportable, tmp_path):
     for argv in (
         ["convert", exportable, tmp_path / "x.pt"],
         ["sample", finished, "-n", 4, "--out", tmp_path / "x.png"],
-        ["sample", finished, "-n", 40, "--out", os.devnull, "--npz", tmp_path / "x.npz"],
+        ["evaluate", finished, "--eval_mode", "sample", "--num_samples", 4, "--out", tmp_path],  # .npz
         ["evaluate", finished, "--num_iw_samples", 1, "--out", tmp_path],
     ):
         code, out = processes.run(*argv, file_limit=200)
         *results, err = out.splitlines()
         assert code == 2 and "cannot write to" in err and "File too large" in err, (argv, out)
-        assert len(results) == (argv[0] == "evaluate") and "written" not in out, out  # its figures are not lost
+        assert len(results) == ("--num_iw_samples" in argv) and "written" not in out, out  # its figures are not lost
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +166,9 @@ def test_results_that_have_no_place(refused, finished, exportable, argv):
 
 
 def test_a_folder_in_place_of_a_result(refused, finished, tmp_path):
-    refused("cannot write to", "Is a directory")("sample", finished, "-n", 1, "--out", tmp_path)
+    refused(f"--out '{tmp_path}' is a folder: give the name of a file, as '{tmp_path / 'x.png'}'")(
+        "sample", finished, "-n", 1, "--out", tmp_path
+    )
     assert not list(tmp_path.iterdir())
 
 
