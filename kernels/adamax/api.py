@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _impl, _triton
+from nvae_fast.kernels import _impl, _lists, _triton
 from nvae_fast.kernels.adamax import ops, reference
 from nvae_fast.kernels.adamax.reference import ROW
 
@@ -69,6 +69,7 @@ class Arena:
         self._active: dict[tuple[int, ...], Tensor] = {}
         self._rows: Tensor | None = None  # and what gradients are gathered into, where the implementation wants them so
         self._grad: Tensor | None = None
+        self._table: Tensor | None = None
         for i, state in enumerate(states):
             if state:
                 self._begin(i)
@@ -115,13 +116,14 @@ class Arena:
         self._grads = grads if len(self._numbers) == len(grads) else [grads[i] for i in self._numbers]
         self._impl = _impl.resolve_impl("adamax", "auto", self.param)
         if self._impl != "cpu" and self._numbers:
-            self._gather()
+            self._prepare()
         new = [i for i in self._numbers if not self.states[i]]
         for i in new:
             self._begin(i)
         return new
 
-    def _gather(self) -> None:
+    def _prepare(self) -> None:
+        """Gradients as the implementation wants them: by a table, where they are, for Triton, gathered for the reference."""
         if any(g.is_sparse for g in self._grads):
             raise RuntimeError("Adamax does not support sparse gradients")
         if self._grad is None:
@@ -134,9 +136,27 @@ class Arena:
             active = torch.zeros(len(self.params), dtype=torch.bool)
             active[self._numbers] = True
             self._active[key] = active.to(self.param.device)
-        if len(key) < len(self.params):
-            self._grad.zero_()
-        torch._foreach_copy_([self._views[i] for i in key], self._grads)
+        if self._impl == "reference":
+            if len(key) < len(self.params):
+                self._grad.zero_()
+            torch._foreach_copy_([self._views[i] for i in key], self._grads)
+        else:
+            self._table = self._tabled()
+
+    def _tabled(self) -> Tensor:
+        """int64 [P, 2]: of each gradient, the address that element 0 of the arena would have, and where it ends
+        (0, 0 where there is none). Gradients that cannot be read as rows of the arena, 16 bytes at a time, are copied first."""
+        misfits, table = [], [(0, 0)] * len(self.params)
+        for i, g in zip(self._numbers, self._grads, strict=True):
+            n = g.numel()
+            if not (n % 4 == 0 and g.data_ptr() % 16 == 0 and g.dtype == torch.float32
+                    and (g.stride() == self._strides[i] or same_order(g, self._strides[i]))):  # fmt: skip
+                misfits.append((self._views[i], g))
+                g, n = self._views[i], -(-n // ROW) * ROW
+            table[i] = g.data_ptr() - 4 * self._begins[i], self._begins[i] + n
+        if misfits:
+            torch._foreach_copy_(*map(list, zip(*misfits, strict=True)))
+        return _lists.upload(_lists.numbers(table), self.param.device)
 
     def squares(self) -> Tensor:
         """The sum of the squares of all loaded gradients, a float64 scalar: finite just where all of them are."""
@@ -144,7 +164,9 @@ class Arena:
             return torch.zeros((), dtype=torch.float64, device=self.param.device)
         if self._impl == "cpu":
             return torch.ops.nvae_fast.adamax_squares(self._grads)
-        return (reference.flat_squares if self._impl == "reference" else torch.ops.nvae_fast.adamax_flat_squares)(self._grad)
+        if self._impl == "reference":
+            return reference.flat_squares(self._grad)
+        return torch.ops.nvae_fast.adamax_flat_squares(self.param, self._table, self._rows)
 
     def step_(
         self,
@@ -184,9 +206,11 @@ class Arena:
             if isinstance(lr, (int, float))
             else lr.to(self.param.device, torch.float64)
         )
-        step_ = reference.flat_step_ if self._impl == "reference" else torch.ops.nvae_fast.adamax_flat_step_
         param, *others = state
-        step_(param, self._grad, *others, self._rows, self._active[tuple(self._numbers)], rate, factor, take, *numbers)
+        step_, grads = torch.ops.nvae_fast.adamax_flat_step_, self._table
+        if self._impl == "reference":
+            step_, grads = reference.flat_step_, self._grad
+        step_(param, grads, *others, self._rows, self._active[tuple(self._numbers)], rate, factor, take, *numbers)
         torch.autograd.graph.increment_version(self.params)  # what torch's in-place operations tell autograd
         return True
 
@@ -197,6 +221,11 @@ def _place(flat: Tensor, begin: int, size: Sequence[int], stride: Sequence[int])
     if _impl.load_native()[0] is None:
         return flat.as_strided(size, stride, begin)
     return torch.ops.nvae_fast.adamax_place(flat, begin, size, stride)
+
+
+def same_order(t: Tensor, strides: Sequence[int]) -> bool:
+    """Whether elements of t are where they would be with these strides."""
+    return all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
 
 
 def fits(p: Tensor, arenas: Sequence[Arena] = ()) -> bool:

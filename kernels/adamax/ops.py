@@ -16,11 +16,11 @@ torch.library.define(
     "Tensor(d!) exp_inf, Tensor(e!)? ema, Tensor(f!) steps, Tensor? factor, Tensor? take, float lr, float beta1, float beta2, "
     "float eps, float weight_decay, bool maximize, float ema_decay) -> bool",
 )
-# The same with the gradients laid out like the parameters: reference.py defines what they do.
-torch.library.define("nvae_fast::adamax_flat_squares", "(Tensor grad) -> Tensor")
+# What reference.py defines, the gradients where autograd left them: `table` is that of `Arena._tabled`, param for its size.
+torch.library.define("nvae_fast::adamax_flat_squares", "(Tensor param, Tensor table, Tensor rows) -> Tensor")
 torch.library.define(
     "nvae_fast::adamax_flat_step_",
-    "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_inf, Tensor(d!)? ema, Tensor(e!) steps, Tensor rows, "
+    "(Tensor(a!) param, Tensor table, Tensor(b!) exp_avg, Tensor(c!) exp_inf, Tensor(d!)? ema, Tensor(e!) steps, Tensor rows, "
     "Tensor active, Tensor lr, Tensor? factor, Tensor? take, float beta1, float beta2, float eps, float weight_decay, "
     "bool maximize, float ema_decay) -> ()",
 )

@@ -15,23 +15,35 @@ from nvae_fast.kernels.adamax.reference import ROW
 
 WIDTH = tl.constexpr(ROW)
 STAY = tl.constexpr(float("inf"))  # the step size of a parameter that is left alone
+SIDE = tl.constexpr(2)  # numbers of a parameter in the table of gradients
 BLOCK = 1024
 TASKS = 1024  # sums of squares, which one program joins
 
 
 @triton.jit
-def adamax_squares_kernel(grad_ptr, squares_ptr, ELEMENTS, SPAN, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """squares [tasks], float64. Within a tile the largest is factored out: no square of a finite number overflows."""
-    i = offset_of(tl.program_id(0), WIDE) * SPAN + tl.arange(0, BLOCK)
+def load_gradients(grads_table, p, i, inside):
+    """Those of elements i [R, 16] of the arena, which belong to parameters p [R]; 0 where there is none."""
+    address = tl.multiple_of(tl.load(grads_table + p * SIDE).to(tl.pointer_type(tl.float32)), [16])
+    end = tl.multiple_of(tl.load(grads_table + p * SIDE + 1), [4])
+    return tl.load(address[:, None] + i, mask=inside & (i < end[:, None]), other=0.0)
+
+
+@triton.jit
+def adamax_squares_kernel(grads_table, rows_ptr, squares_ptr, ROWS, SPAN, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """squares [tasks], float64, of SPAN rows each. Within a tile the largest is factored out: no square of a finite number
+    overflows."""
+    r = offset_of(tl.program_id(0), WIDE) * SPAN + tl.arange(0, BLOCK // WIDTH)
     total = 0.0
     total = total.to(tl.float64)
-    for _ in range(0, SPAN, BLOCK):
-        g = tl.load(grad_ptr + i, mask=i < ELEMENTS, other=0.0)
+    for _ in range(0, SPAN, BLOCK // WIDTH):
+        p = tl.load(rows_ptr + r, mask=r < ROWS, other=0)
+        g = load_gradients(grads_table, p, r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], (r < ROWS)[:, None])
+        g = tl.reshape(g, [BLOCK])
         largest = tl.max(tl.abs(g), 0)
         scale = tl.where(largest > 0, largest, 1.0)
         share = g / scale  # NaN where g is, or where g and the largest are infinite
         total += tl.sum(share * share, 0).to(tl.float64) * scale.to(tl.float64) * scale.to(tl.float64)
-        i += BLOCK
+        r += BLOCK // WIDTH
     tl.store(squares_ptr + tl.program_id(0), total)
 
 
@@ -56,12 +68,13 @@ def adamax_sizes_kernel(steps_ptr, active_ptr, lr_ptr, take_ptr, sizes_ptr, P, L
 
 
 @triton.jit
-def adamax_step_kernel(param_ptr, grad_ptr, avg_ptr, inf_ptr, ema_ptr, rows_ptr, sizes_ptr, factor_ptr, sign, weight, beta2,
+def adamax_step_kernel(param_ptr, grads_table, avg_ptr, inf_ptr, ema_ptr, rows_ptr, sizes_ptr, factor_ptr, sign, weight, beta2,
                        eps, decay, ema_weight, ROWS, DECAY: tl.constexpr, NEAR: tl.constexpr, WIDE: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """A tile is rows of 16 elements, each of one parameter, whose number rows [ROWS] holds."""
     r = offset_of(tl.program_id(0), WIDE) * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
-    size = tl.load(sizes_ptr + tl.load(rows_ptr + r, mask=r < ROWS, other=0))
+    p = tl.load(rows_ptr + r, mask=r < ROWS, other=0)
+    size = tl.load(sizes_ptr + p)
     move = ((r < ROWS) & (size != STAY))[:, None]
     size = size[:, None]
     i = r[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -69,7 +82,7 @@ def adamax_step_kernel(param_ptr, grad_ptr, avg_ptr, inf_ptr, ema_ptr, rows_ptr,
     if factor_ptr is not None:
         factor = sign * tl.load(factor_ptr)
     x = tl.load(param_ptr + i, mask=move, other=0.0)
-    g = factor * tl.load(grad_ptr + i, mask=move, other=0.0)
+    g = factor * load_gradients(grads_table, p, i, move)
     if DECAY:  # else an infinite parameter would touch its gradient
         g += decay * x
     m = tl.load(avg_ptr + i, mask=move, other=0.0)
@@ -89,18 +102,18 @@ def adamax_step_kernel(param_ptr, grad_ptr, avg_ptr, inf_ptr, ema_ptr, rows_ptr,
         tl.store(ema_ptr + i, ema + ema_weight * (y - ema), mask=move)
 
 
-def adamax_flat_squares(grad: Tensor) -> Tensor:
+def adamax_flat_squares(param: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """reference.flat_squares"""
-    tasks, chunk = _triton.tasks(grad.numel(), BLOCK, TASKS)
-    sums, out = grad.new_empty(tasks, dtype=torch.float64), grad.new_empty((), dtype=torch.float64)
-    adamax_squares_kernel[(tasks,)](grad, sums, grad.numel(), chunk, WIDE=_triton.wide(grad), BLOCK=BLOCK)
+    tasks, chunk = _triton.tasks(len(rows), BLOCK // ROW, TASKS)
+    sums, out = param.new_empty(tasks, dtype=torch.float64), param.new_empty((), dtype=torch.float64)
+    adamax_squares_kernel[(tasks,)](table, rows, sums, len(rows), chunk, WIDE=_triton.wide(param), BLOCK=BLOCK)
     adamax_join_kernel[(1,)](sums, out, tasks, BLOCK=TASKS)
     return out
 
 
 def adamax_flat_step_(
     param: Tensor,
-    grad: Tensor,
+    table: Tensor,
     exp_avg: Tensor,
     exp_inf: Tensor,
     ema: Tensor | None,
@@ -123,6 +136,7 @@ def adamax_flat_step_(
     grid = (triton.cdiv(len(steps), 256),)
     adamax_sizes_kernel[grid](steps, active, lr, take, sizes, len(steps), LOG_BETA1=log_beta1, BLOCK=256)
     adamax_step_kernel[(triton.cdiv(param.numel(), BLOCK),)](
-        param, grad, exp_avg, exp_inf, ema, rows, sizes, factor, -1.0 if maximize else 1.0, 1 - beta1, beta2, eps, weight_decay,
-        1 - ema_decay, len(rows), DECAY=weight_decay != 0, NEAR=1 - beta1 < 0.5, WIDE=_triton.wide(param), BLOCK=BLOCK,
+        param, table, exp_avg, exp_inf, ema, rows, sizes, factor, -1.0 if maximize else 1.0, 1 - beta1, beta2, eps,
+        weight_decay, 1 - ema_decay, len(rows), DECAY=weight_decay != 0, NEAR=1 - beta1 < 0.5,
+        WIDE=_triton.wide(param), BLOCK=BLOCK,
     )  # fmt: skip

@@ -112,9 +112,13 @@ def test_nan_stays_in_its_element():
 def test_squares(value, count):
     grad = torch.randn(count, generator=torch.Generator().manual_seed(0)) * (1e-30 if value == 1e-30 else 1.0)
     grad[count // 2] = value
-    got, truth = torch.ops.nvae_fast.adamax_flat_squares(grad), reference.flat_squares(grad)
+    arena = Arena([Parameter(torch.zeros(count))], [{}])
+    arena.params[0].grad = grad
+    arena.load()
+    got, truth = arena.squares(), reference.flat_squares(grad)
     assert got.dtype == torch.float64 and got.isfinite() == truth.isfinite()
     torch.testing.assert_close(got, truth, rtol=1e-6, atol=0, equal_nan=True) if truth.isfinite() else None
+    assert arena._table[0] == grad.data_ptr()
     assert _triton.tasks(count, 1024, 1024)[0] == -(-count // 1024)
 
 
@@ -122,6 +126,44 @@ def test_a_learning_rate_on_the_device():
     rate = torch.tensor(0.25, dtype=torch.float64)
     a, b = run(FusedAdamax, parameters(), lr=0.25, steps=1), run(FusedAdamax, parameters(), lr=rate, steps=1)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def strided(g, kind):
+    """g [8, 4, 3, 3] as a gradient may come."""
+    if kind == "behind others":
+        return torch.cat([torch.full((64,), torch.nan), g.flatten(), torch.full((64,), torch.nan)])[64:-64].view(g.shape)
+    if kind == "unaligned":
+        return torch.cat([torch.full((1,), torch.nan), g.flatten()])[1:].view(g.shape)
+    kinds = {
+        "channels_last": lambda: g.contiguous(memory_format=torch.channels_last),
+        "every second": lambda: g.repeat_interleave(2, -1)[..., ::2],
+        "transposed": lambda: g.transpose(0, 1).contiguous().transpose(0, 1),
+        "expanded": lambda: g[:1, :1, :1, :1].expand(g.shape),
+    }
+    return kinds[kind]()
+
+
+@pytest.mark.parametrize("kind", ["behind others", "unaligned", "channels_last", "every second", "transposed", "expanded"])
+@pytest.mark.parametrize("of_param", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_any_strides(kind, of_param):
+    """Read where they are, or copied: as torch, and with the sum of their own squares. (37 elements end within a row.)"""
+    grads = [torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((8, 4, 3, 3), (37,), (4,), (8, 4, 1, 1))]
+    grads[0] = strided(grads[0], kind)
+    grads[2] = torch.cat([grads[2], torch.full((60,), torch.nan)])[:4]
+    found = []
+    for optimizer in (FusedAdamax, Adamax):
+        params = [Parameter(torch.linspace(-1, 1, g.numel()).view(g.shape)) for g in grads]
+        params[0].data = params[0].data.contiguous(memory_format=of_param)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        seen = []
+        more = {"decide": lambda squares, seen=seen: (None, seen.append(squares))} if optimizer is FusedAdamax else {}
+        optimizer(params, lr=0.1, weight_decay=0.1).step(**more)
+        found.append([p.detach() for p in params])
+        if seen:
+            torch.testing.assert_close(seen[0], sum(g.double().square().sum() for g in grads), rtol=1e-6, atol=0)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.skipif(_impl.load_native()[0] is None, reason="built without the native extension")
