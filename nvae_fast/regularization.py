@@ -63,15 +63,19 @@ class SpectralState:
             which = [i for i, (_, place) in enumerate(members) if (place is not None) == joined]
             if which:
                 weights = [members[i][0] for i in which]
-                old = [u[i] for i in which], [v[i] for i in which]
-                sigma, *new = F.power_iteration(weights, *old, iterations=iterations)
-                with torch.no_grad():
-                    torch._foreach_copy_(old[0] + old[1], new[0] + new[1])
+                sigma, *new = F.power_iteration(weights, [u[i] for i in which], [v[i] for i in which], iterations=iterations)
                 sums.append(sigma.sum())
                 for i, vectors in zip(which, zip(*new, strict=True), strict=True):
+                    u[i], v[i] = vectors
                     if joined:
                         shared, number = members[i][1]
                         shared.terms[number] = "spectral", *vectors
+        if members:
+            with torch.no_grad():  # shape by shape: a copy of each vector takes many launches
+                kept = [[store[k] for k in groups] for store in (self.u, self.v)]
+                pieces = [torch.cat(new).split([t.numel() for t in old]) for old, new in zip(kept, (u, v), strict=True)]
+                kept, pieces = kept[0] + kept[1], pieces[0] + pieces[1]
+                torch._foreach_copy_(kept, [p.view(t.shape) for p, t in zip(pieces, kept, strict=True)])
         return sums
 
     def _ensure_vectors(self, key: str, weights: list[Tensor]) -> None:
