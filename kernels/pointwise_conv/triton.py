@@ -175,7 +175,7 @@ def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
     found = [x.new_empty(n, out, dtype=torch.float32) for n in (2 if stats else 0, images if means else 0)]
     if not y.numel() or not fan:
         return y.zero_(), *(t.zero_() for t in found)
-    block_m, block_n, block_k, options = _tile(FORWARD, x, rows, out, fan)
+    block_m, block_n, block_k, options = _tile(WITH_MEANS if means else FORWARD, x, rows, out, fan)
     count = triton.cdiv(rows, block_m)
     parts = join(x, count, out, triton.cdiv(out, block_n)) if stats else NO_JOIN
     sums = x.new_empty(images + count, out, dtype=torch.float32) if means else None
@@ -244,6 +244,7 @@ def _wide(*images: Tensor) -> bool:
 
 # By size of a stored value: tiles [rows, columns], the values summed over at a time, and warps; the largest first.
 FORWARD = {2: ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
+WITH_MEANS = {2: FORWARD[2][1:], 4: FORWARD[4]}  # whose sums of samples would spill at the largest tile on sm_80
 BACKWARD = {2: ((64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
 DWEIGHT = {2: ((128, 64, 64, 8),), 4: ((64, 64, 16, 8),)}
 

@@ -35,10 +35,23 @@ class _Info(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header with {info.size} bytes")
         return cast(_Info, info)
 
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Info:
+        try:
+            return cast(_Info, super().fromtarfile(archive))
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]  # not in the stubs
+            raise tarfile.ReadError(
+                str(error)
+            ) from None  # which tarfile takes for the end of an archive, behind its first member
+
 
 def members(stream: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The plain files of an archive. Modes: 'r:' where the stream can seek, 'r|' where it cannot, 'r:*' also compressed."""
-    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Info) as archive:  # type: ignore[call-overload]  # the stubs want a literal mode
+    try:
+        opened = tarfile.open(fileobj=stream, mode=mode, tarinfo=_Info)  # type: ignore[call-overload]  # the stubs want a literal mode
+    except AttributeError as error:  # of Python's early 3.11s, on a damaged beginning of a compressed stream
+        raise tarfile.ReadError(one_line(error)) from None
+    with opened as archive:
         last = -1
         while (info := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep every header
