@@ -42,8 +42,9 @@ GOAL = 2500
 UPLOAD = "upload of a table"
 LISTS = (110, 64, 48, 36)  # tensors of one multi-tensor launch, by the number of lists (torch's MultiTensorApply.cuh)
 QUIET = {"_unsafe_view", "detach", "lift_fresh", "_reshape_alias", "set_", "promote_types", "empty", "new_empty", "empty_like",
-         "empty_strided", "new_empty_strided", "empty_permuted", "sym_size", "sym_stride", "result_type"}  # fmt: skip
-"""Operations of torch that only look at a tensor or allocate one; views are told by their schema."""
+         "empty_strided", "new_empty_strided", "empty_permuted", "sym_size", "sym_stride", "result_type", "scalar_tensor",
+         "_local_scalar_dense"}  # fmt: skip
+"""Operations of torch that only look at a tensor, allocate one, or move one number; views are told by their schema."""
 
 
 class Launches(TorchDispatchMode):

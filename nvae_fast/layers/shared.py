@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nvae_fast.kernels._impl import resolve_impl
 from nvae_fast.kernels.shared_weights import SharedWeights
 
 NORM_EPS = 1e-5
@@ -99,4 +100,6 @@ def _compute_dtype(conv: nn.Conv2d) -> torch.dtype:
     own, kind = conv.weight.dtype, conv.weight.device.type
     if getattr(conv, "full_precision", False) or own == torch.float64 or torch.compiler.is_compiling() or kind == "meta":
         return own
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+    if not torch.is_autocast_enabled(kind) or resolve_impl("shared_weights", "auto", conv.weight) == "reference":
+        return own  # the reference would cast one by one, as autocast does, and then lack the weights that were not cast
+    return torch.get_autocast_dtype(kind)

@@ -268,8 +268,8 @@ if __name__ == "__main__":
                     continue
                 for storage in kinds:
                     for tile in tiles(name, storage):
-                        options = dict(tile=tile, absent=LARGEST.get((name, tile.get("BLOCK_M")), ()))
-                        rows += [compiled(name, kernel, storage, arch, **options) | options for arch in (80, 90)]
+                        without = dict(absent=LARGEST.get((name, tile.get("BLOCK_M")), ()))
+                        rows += [compiled(name, kernel, storage, arch, tile=tile, **without) | without for arch in (80, 90)]
                 others = [dict(absent=absent) for absent in ABSENT.get(name, [])] + [dict(ones=True)]
                 others += [dict(wide=True)] if "WIDE" in kernel.arg_names else []
                 others += [dict(unit=8, storage="fp16")] if {"UNIT", "UNIT_K"} & set(kernel.arg_names) else []
