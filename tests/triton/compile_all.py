@@ -268,7 +268,8 @@ if __name__ == "__main__":
                     continue
                 for storage in kinds:
                     for tile in tiles(name, storage):
-                        without = dict(absent=LARGEST.get((name, tile.get("BLOCK_M")), ()))
+                        left_out = LARGEST.get((name, tile.get("BLOCK_M")))
+                        without = dict(absent=left_out) if left_out else {}
                         rows += [compiled(name, kernel, storage, arch, tile=tile, **without) | without for arch in (80, 90)]
                 others = [dict(absent=absent) for absent in ABSENT.get(name, [])] + [dict(ones=True)]
                 others += [dict(wide=True)] if "WIDE" in kernel.arg_names else []
