@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def typed(function: F) -> F:
                 raise refusal(name, value, rules[name])
         return function(*args, **kwargs)
 
-    return checked  # type: ignore[return-value]
+    return cast(F, checked)
 
 
 def suits(value: Any, wanted: Rule | None) -> bool:
