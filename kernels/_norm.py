@@ -17,7 +17,9 @@ class Norm(NamedTuple):
 
     weight, bias, running_mean, running_var: [C] or None; num_batches_tracked: integer scalar or None; the rest as in
     nn.BatchNorm2d. stats: mean and biased variance [2, C] of the batch where an op has returned them for its output, so that
-    they are not taken again; they carry no gradient, being a function of x that the backward accounts for.
+    they are not taken again; they carry no gradient, being a function of x that the backward accounts for. offset: [C] or None,
+    a bias that x lacks, u being of x + offset. Statistics of the batch take it away again: the running mean alone moves by it,
+    and its gradient is 0.
     """
 
     weight: Tensor | None = None
@@ -30,6 +32,7 @@ class Norm(NamedTuple):
     eps: float = 1e-5
     process_group: dist.ProcessGroup | None = None
     stats: Tensor | None = None
+    offset: Tensor | None = None
 
     @property
     def uses_batch(self) -> bool:
@@ -44,15 +47,17 @@ class Norm(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The tensors of a Norm as an autograd function takes them: weight, bias and stats in float32 (stats [2, C] stand fixed, as
-    in evaluation, or were taken already; None where they are to be taken), then what a batch moves (None: nothing)."""
+    """The tensors of a Norm as an autograd function takes them: weight, bias, offset and stats in float32 (stats [2, C] of x
+    stand fixed, as in evaluation, or were taken already; None where they are to be taken), then what a batch moves (None:
+    nothing). Or the gradients of these."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    stats: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batches: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    offset: Tensor | None = None
+    stats: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    batches: Tensor | None = None
 
 
 class NormConfig(NamedTuple):
@@ -82,13 +87,13 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "norm") -> None
     """Raises ValueError or TypeError in one line where the norm's parts do not fit together, `channels`, or the device of x."""
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither; pass None for both to go without")
-    for field in ("weight", "bias", "running_mean", "running_var"):
+    for field in ("weight", "bias", "offset", "running_mean", "running_var"):
         t = getattr(norm, field)
         if t is not None and t.shape != (channels,):
             raise ValueError(f"{field} of shape {tuple(t.shape)}: expected ({channels},), the channels of {name}")
     if norm.stats is not None and norm.stats.shape != (2, channels):
         raise ValueError(f"stats of shape {tuple(norm.stats.shape)}: expected (2, {channels}), mean and variance of {name}")
-    check_beside(x, **{f: getattr(norm, f) for f in ("weight", "bias", "running_mean", "running_var", "stats")})
+    check_beside(x, **{f: getattr(norm, f) for f in ("weight", "bias", "offset", "running_mean", "running_var", "stats")})
     if not norm.eps >= 0:
         raise ValueError(f"eps {norm.eps}: expected a number >= 0, such as 1e-5")
     if norm.momentum is not None and not 0 <= norm.momentum <= 1:
@@ -123,12 +128,14 @@ def shared(given: Tensor, read: Tensor, passed: Tensor) -> Tensor:
 
 
 def tensors(norm: Norm) -> Parts:
-    weight, bias, stats = (None if t is None else t.float() for t in (norm.weight, norm.bias, norm.stats))
+    given = norm.weight, norm.bias, norm.offset, norm.stats
+    weight, bias, offset, stats = (None if t is None else t.float() for t in given)
     if not norm.uses_batch:
-        stats = torch.stack((norm.running_mean.float(), norm.running_var.float()))
+        mean = norm.running_mean.float()  # of x + offset
+        stats = torch.stack((mean if offset is None else mean - offset.detach(), norm.running_var.float()))
     moves = norm.training and norm.running_mean is not None
-    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if moves else (None, None, None)
-    return Parts(weight, bias, stats, *running)
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if moves else ()
+    return Parts(weight, bias, offset, stats, *running)
 
 
 def config(norm: Norm, copies: int = 1) -> NormConfig:
@@ -147,19 +154,24 @@ def coefficients(x: Tensor, p: Parts, c: NormConfig) -> tuple[Tensor, float]:
     elif c.group is not None:
         stats, count = _join(stats, count, c.group)
     running = p.running_mean, p.running_var, p.batches
-    return raw.bn_act_coefficients(stats, p.weight, p.bias, c.eps, *running, c.momentum, count * c.copies), count
+    numbers = c.momentum, count * c.copies
+    return raw.bn_act_coefficients(stats, p.weight, p.bias, c.eps, *running, *numbers, p.offset), count
 
 
-def gradients(table: Tensor, bn: Tensor, count: float, c: NormConfig, applied: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(c [3, C], dweight, dbias): dx = c0 du + c1 x + c2, from a table of gradients [6, C]; `applied`: du holds the scale."""
-    coef = table[3:]
+def gradients(
+    table: Tensor, bn: Tensor, count: float, c: NormConfig, wanted: Sequence[bool], applied: bool = False
+) -> tuple[Tensor, Parts]:
+    """(c [3, C] of dx = c0 du + c1 x + c2, the gradients of those parts that are `wanted`) from a table of gradients [7, C];
+    `applied`: du holds the scale."""
+    coef = table[3:6]
     if c.group is not None:  # dx wants the sums of all processes; dweight and dbias stay this one's, as in SyncBatchNorm
         total = table[:2].clone()
         dist.all_reduce(total, group=c.group)
-        coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[3:]
+        coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[3:6]
         if applied:
             coef[0].fill_(1.0)
-    return coef, table[2], table[0]
+    found = (table[row] if w else None for row, w in zip((2, 0, 6), wanted[:3], strict=True))
+    return coef, Parts(*found)
 
 
 def _join(stats: Tensor, count: float, group: dist.ProcessGroup) -> tuple[Tensor, float]:

@@ -23,7 +23,7 @@ def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, si
 def _backward(
     op: str, dy: Tensor, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, count: float
 ) -> tuple[Tensor, ...]:
-    """(du, the weight's gradient, the table of gradients [6, C_in] or [0, C_in])"""
+    """(du, the weight's gradient, the table of gradients [7, C_in] or [0, C_in])"""
     if op != "pointwise_conv":
         return depthwise_ops.backward(op, dy, None, None, x, bn, act, weight, sizes, count)
     return torch.ops.nvae_fast.pointwise_conv_bwd(dy, None, None, x, bn, act, weight, count)
@@ -66,10 +66,9 @@ class NormConv(torch.autograd.Function):
         settings = (None,) * 5
         if config is None:
             return du, dweight, *settings
-        c, dgamma, dbeta = _norm.gradients(table, bn, count, config)
+        c, parts = _norm.gradients(table, bn, count, config, ctx.needs_input_grad[7:])
         torch.ops.nvae_fast.bn_act_affine_(du, x, c)
-        wanted = ctx.needs_input_grad[7:]
-        return du, dweight, *settings, dgamma if wanted[0] else None, dbeta if wanted[1] else None, *(None for _ in range(4))
+        return du, dweight, *settings, *parts
 
 
 def norm_conv(
@@ -108,12 +107,9 @@ def check(x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, copies: 
 
 def normalised(x: Tensor, norm: _norm.Norm | None, act: str) -> Tensor:
     """The reference's prologue."""
-    from nvae_fast.kernels.bn_act.reference import bn_act
+    from nvae_fast.kernels.bn_act import reference
 
-    if norm is None:
-        return x
-    options = dict(training=norm.training, momentum=norm.momentum, eps=norm.eps, process_group=norm.process_group)
-    return bn_act(x, *norm[:5], act=act, **options)
+    return x if norm is None else reference.normalised(x, norm, act)
 
 
 def batch_stats(y: Tensor) -> Tensor:

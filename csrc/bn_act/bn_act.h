@@ -7,8 +7,9 @@ namespace nvae::bn_act {
 // Rows of `bn` [kCoefficients][channels]: what a normalisation is, u = scale x + shift = weight (x - mean) rstd + bias.
 enum { kMean, kVar, kRstd, kScale, kShift, kCoefficients };
 
-// Rows of the table of gradients [kGradients][channels]: sum(du), sum(du (x - mean)), the weight's, and c of dx = c0 du + c1 x + c2.
-enum { kTotal, kMoment, kDweight, kC0, kC1, kC2, kGradients };
+// Rows of the table of gradients [kGradients][channels]: sum(du), sum(du (x - mean)), the weight's, c of dx = c0 du + c1 x + c2, and
+// the offset's: 0 behind statistics of the batch, which take it away.
+enum { kTotal, kMoment, kDweight, kC0, kC1, kC2, kDoffset, kGradients };
 
 struct Shape {
   int64_t rows, channels;

@@ -46,11 +46,12 @@ Tensor stats_cpu(const Tensor& x_any) {
 
 Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_any, const OptionalTensor& bias_any, double eps,
                         const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& batches,
-                        std::optional<double> rate, double count) {
+                        std::optional<double> rate, double count, const OptionalTensor& offset_any) {
   TORCH_CHECK(stats_any.dim() == 2, kOp, ": statistics of shape ", stats_any.sizes(), "; expected [2, C]");
   const int64_t c = stats_any.size(1);
   const Tensor stats = floats(kOp, "statistics", stats_any, {2, c});
   const OptionalTensor weight = floats(kOp, "weight", weight_any, {c}), bias = floats(kOp, "bias", bias_any, {c});
+  const OptionalTensor offset = floats(kOp, "offset", offset_any, {c});
   TORCH_CHECK(running_mean.has_value() == running_var.has_value(), kOp, ": expected both running_mean and running_var, or neither");
   TORCH_CHECK(rate || batches || !running_mean, kOp, ": an average over all batches needs their number");
   for (const OptionalTensor* running : {&running_mean, &running_var})
@@ -58,7 +59,7 @@ Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_an
                 "; expected [", c, "]");
   TORCH_CHECK(!batches || batches->numel() == 1, kOp, ": the number of batches has shape ", batches->sizes(), "; expected a scalar");
   const Tensor out = at::empty({kCoefficients, c}, stats.options());
-  const float *in = pointer(stats), *w = pointer(weight), *b = pointer(bias);
+  const float *in = pointer(stats), *w = pointer(weight), *b = pointer(bias), *beside = pointer(offset);
   float* o = out.data_ptr<float>();
   for (int64_t i = 0; i < c; i++) {
     const double mean = in[i], var = in[c + i], rstd = 1.0 / std::sqrt(var + eps), scale = (w ? w[i] : 1.0) * rstd;
@@ -71,17 +72,19 @@ Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_an
   if (batches) batches->add_(1);
   if (!running_mean || !(count > 0)) return out;  // an empty batch counts and says nothing
   const double part = rate ? *rate : 1.0 / batches->item<double>();
-  const auto move = [&](const Tensor& running, const float* found, double factor) {
+  const auto move = [&](const Tensor& running, const float* found, double factor, const float* added) {
     AT_DISPATCH_V2(running.scalar_type(), "bn_act_coefficients", AT_WRAP([&] {
                      scalar_t* p = running.data_ptr<scalar_t>();
                      const int64_t step = running.stride(0);
-                     for (int64_t i = 0; i < c; i++)
-                       p[i * step] = static_cast<scalar_t>((1.0 - part) * static_cast<double>(p[i * step]) + part * factor * found[i]);
+                     for (int64_t i = 0; i < c; i++) {
+                       const double value = factor * found[i] + (added ? added[i] : 0.0);
+                       p[i * step] = static_cast<scalar_t>((1.0 - part) * static_cast<double>(p[i * step]) + part * value);
+                     }
                    }),
                    AT_EXPAND(AT_FLOATING_TYPES), at::kBFloat16, at::kHalf);
   };
-  move(*running_mean, in, 1.0);
-  move(*running_var, in + c, count / std::max(count - 1.0, 1.0));
+  move(*running_mean, in, 1.0, beside);
+  move(*running_var, in + c, count / std::max(count - 1.0, 1.0), nullptr);
   return out;
 }
 
@@ -96,6 +99,7 @@ void finish_gradients(const float* p, int64_t c, double count, bool applied, flo
     o[kC0 * c + i] = applied ? 1.0f : p[kScale * c + i];
     o[kC1 * c + i] = static_cast<float>(c1);
     o[kC2 * c + i] = share > 0 ? static_cast<float>(-scale * total * share - c1 * mean) : 0.0f;
+    o[kDoffset * c + i] = static_cast<float>((share > 0 ? 0.0 : scale) * total);
   }
 }
 

@@ -9,7 +9,8 @@ namespace nvae::bn_act {
 at::Tensor stats_cpu(const at::Tensor& x);
 at::Tensor coefficients_cpu(const at::Tensor& stats, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
                             double eps, const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
-                            const std::optional<at::Tensor>& batches, std::optional<double> rate, double count);
+                            const std::optional<at::Tensor>& batches, std::optional<double> rate, double count,
+                            const std::optional<at::Tensor>& offset);
 at::Tensor gradients_cpu(const at::Tensor& sums, const at::Tensor& bn, double count, bool applied);
 at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& bn, int64_t act);
 at::Tensor sums_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& bn, int64_t act, double count);

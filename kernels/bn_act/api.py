@@ -32,6 +32,7 @@ def bn_act(
     act: str = "swish",
     process_group: dist.ProcessGroup | None = None,
     stats: Tensor | None = None,
+    offset: Tensor | None = None,
     return_x: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -50,6 +51,8 @@ def bn_act(
         act: "swish" (u sigmoid(u)), "elu" (u, or exp(u) - 1 below 0) or "identity".
         process_group: joins the batches of this group's processes when training; None uses this process's alone.
         stats: mean and biased variance [2, C] of x where another op has returned them; the reference takes its own.
+        offset: [C] or None, a bias that x lacks: the normalisation is of x + offset. Statistics of the batch take it away
+            again: the running mean alone moves by it, and its gradient is 0.
         return_x: return (y, x), where x is to be read by others too: the gradient that comes back to it is added in the last
             pass of this backward, which saves the pass of autograd's addition.
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too); both keep x and 5 C floats for
@@ -66,14 +69,14 @@ def bn_act(
     if act not in ACTIVATIONS:
         raise ValueError(f"act {act!r}: expected one of {', '.join(ACTIVATIONS)}")
     norm = _norm.Norm(
-        weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, process_group, stats
+        weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, process_group, stats, offset
     )
     _norm.check_norm(norm, x, x.shape[1], "x")
     values = x.numel() // max(x.shape[1], 1)
     _norm.check_batch(norm, values, x.shape)
     impl = _auto.choose("bn_act", impl, [x])
     if _impl.resolve_impl("bn_act", impl, x) == "reference":
-        y = reference.bn_act(x, *norm[:5], training=training, momentum=momentum, eps=eps, act=act, process_group=process_group)
+        y = reference.normalised(x, norm, act)
         return (y, x) if return_x else y
-    y, passed = ops.BnAct.apply(x, *_norm.tensors(norm), _norm.config(norm), ACTIVATIONS.index(act))
+    y, passed = ops.BnAct.apply(x, _norm.config(norm), ACTIVATIONS.index(act), *_norm.tensors(norm))
     return (y, _norm.shared(x, x, passed)) if return_x else y

@@ -1,8 +1,8 @@
 """Schemas, shapes and autograd of `bn_act`. The native code registers itself for these schemas when it loads.
 
 `bn` [5, C] is a normalisation ready for use (mean, var, 1/sigma, scale, shift), `act` a position in `_norm.ACTIVATIONS`. A
-table of gradients [6, C] has sum(du), which is the bias's, sum(du (x - mean)), the weight's, and the three rows c of dx = c0 du
-+ c1 x + c2, where du is averaged over `count` values (infinite, or 0: the statistics stand fixed).
+table of gradients [7, C] has sum(du), which is the bias's, sum(du (x - mean)), the weight's, the three rows c of dx = c0 du
++ c1 x + c2, where du is averaged over `count` values (infinite, or 0: the statistics stand fixed), and the offset's: sum(dx).
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
 
+GRADIENTS = 7  # rows of a table of gradients
+
 torch.library.define("nvae_fast::bn_act_stats", "(Tensor x) -> Tensor")
-torch.library.define(  # and the running statistics moved by a batch of `count` values; without rate they average all batches
+# And the running statistics moved by a batch of `count` values; without rate they average all batches. The running mean is that
+# of values that have an `offset` [C] beside those that the statistics are of.
+torch.library.define(
     "nvae_fast::bn_act_coefficients",
     "(Tensor stats, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
-    "Tensor(c!)? batches=None, float? rate=None, float count=0.) -> Tensor",
+    "Tensor(c!)? batches=None, float? rate=None, float count=0., Tensor? offset=None) -> Tensor",
 )
 torch.library.define(  # `applied`: sums is the gradient of bn [5, C] that `ApplyNorm` returns, and du holds the scale already
     "nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count, bool applied=False) -> Tensor"
@@ -61,13 +65,14 @@ def _coefficients_shape(
     batches: Tensor | None = None,
     rate: float | None = None,
     count: float = 0.0,
+    offset: Tensor | None = None,
 ) -> Tensor:
     return stats.new_empty(5, stats.shape[1])
 
 
 @torch.library.register_fake("nvae_fast::bn_act_gradients")
 def _gradients_shape(sums: Tensor, bn: Tensor, count: float, applied: bool = False) -> Tensor:
-    return sums.new_empty(6, sums.shape[1])
+    return sums.new_empty(GRADIENTS, sums.shape[1])
 
 
 @torch.library.register_fake("nvae_fast::bn_act_fwd")
@@ -77,7 +82,7 @@ def _forward_shape(x: Tensor, bn: Tensor, act: int) -> Tensor:
 
 @torch.library.register_fake("nvae_fast::bn_act_sums")
 def _sums_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0) -> Tensor:
-    return x.new_empty(6, x.shape[1], dtype=torch.float32)
+    return x.new_empty(GRADIENTS, x.shape[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_bwd")
@@ -98,16 +103,11 @@ class BnAct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
         config: _norm.NormConfig,
         act: int,
+        *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        bn, count = _norm.coefficients(x, _norm.Parts(weight, bias, stats, running_mean, running_var, batches), config)
+        bn, count = _norm.coefficients(x, _norm.Parts(*parts), config)
         ctx.save_for_backward(x, bn)
         ctx.count, ctx.config, ctx.act = count, config, act
         ctx.set_materialize_grads(False)
@@ -117,13 +117,12 @@ class BnAct(torch.autograd.Function):
     @first_order("bn_act")
     def backward(ctx: Any, dy: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return also, *(None for _ in range(8))
+            return also, *(None for _ in ctx.needs_input_grad[1:])
         x, bn = ctx.saved_tensors
         table = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act, ctx.count)
-        c, dweight, dbias = _norm.gradients(table, bn, ctx.count, ctx.config)
+        c, parts = _norm.gradients(table, bn, ctx.count, ctx.config, ctx.needs_input_grad[3:])
         dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c, also)
-        wanted = ctx.needs_input_grad
-        return dx, dweight if wanted[1] else None, dbias if wanted[2] else None, *(None for _ in range(6))
+        return dx, None, None, *parts
 
 
 class ApplyNorm(torch.autograd.Function):

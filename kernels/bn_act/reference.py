@@ -7,6 +7,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvae_fast.kernels._norm import Norm
+
+
+def normalised(x: Tensor, norm: Norm, act: str) -> Tensor:
+    """act(norm(x))"""
+    options = dict(training=norm.training, momentum=norm.momentum, eps=norm.eps, process_group=norm.process_group)
+    return bn_act(x, *norm[:5], act=act, offset=norm.offset, **options)
+
 
 def bn_act(
     x: Tensor,
@@ -21,8 +29,9 @@ def bn_act(
     eps: float = 1e-5,
     act: str = "swish",
     process_group: dist.ProcessGroup | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """y = act(BN(x)); see `api.bn_act`. On one process the numbers are those of nn.BatchNorm2d, to the bit."""
+    """y = act(BN(x + offset)); see `api.bn_act`. On one process the numbers are those of nn.BatchNorm2d, to the bit."""
     work = torch.promote_types(x.dtype, torch.float32)
     rate = 0.0 if momentum is None else momentum
     if training and num_batches_tracked is not None:
@@ -32,7 +41,7 @@ def bn_act(
     synchronised = training and process_group is not None and dist.get_world_size(process_group) > 1
 
     with torch.autocast(device_type=x.device.type, enabled=False):
-        wide = x.to(work)
+        wide = x.to(work) if offset is None else x.to(work) + offset.to(work).view(1, -1, 1, 1)
         gamma, beta, mean, var = (None if t is None else t.to(work) for t in (weight, bias, running_mean, running_var))
         if synchronised:
             u = _synchronised_batch_norm(wide, gamma, beta, mean, var, rate, eps, process_group)

@@ -1,4 +1,4 @@
-"""The tables of a normalisation on a GPU: coefficients [5, C] with the running statistics, and gradients [6, C]. Arithmetic in
+"""The tables of a normalisation on a GPU: coefficients [5, C] with the running statistics, and gradients [7, C]. Arithmetic in
 float64; numbers per channel."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._tile import MEAN, RSTD, SCALE, SHIFT, VAR, load_row, store_row
+from nvae_fast.kernels.bn_act.ops import GRADIENTS
 
 
 @triton.jit
@@ -20,8 +21,9 @@ def move_row(running_ptr, stride, found, rate, c, C):
 
 
 @triton.jit
-def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, bn_ptr, mean_ptr, var_ptr, batches_ptr, eps, rate, unbiased, C,
-                               MEAN_STRIDE, VAR_STRIDE, AVERAGE: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, offset_ptr, bn_ptr, mean_ptr, var_ptr, batches_ptr, eps, rate,
+                               unbiased, C, MEAN_STRIDE, VAR_STRIDE, AVERAGE: tl.constexpr,
+                               BLOCK_C: tl.constexpr):  # fmt: skip
     """One program for all channels: batches changes once, behind those who read it. AVERAGE: the rate is 1 / batches."""
     rate = tl.cast(rate, tl.float64)
     if AVERAGE:
@@ -42,7 +44,10 @@ def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, bn_ptr, mean_ptr
         store_row(bn_ptr, SCALE, c, C, scale)
         store_row(bn_ptr, SHIFT, c, C, shift)
         if mean_ptr is not None:
-            move_row(mean_ptr, MEAN_STRIDE, mean.to(tl.float64), rate, c, C)
+            found = mean.to(tl.float64)
+            if offset_ptr is not None:
+                found += load_row(offset_ptr, 0, c, C)
+            move_row(mean_ptr, MEAN_STRIDE, found, rate, c, C)
             move_row(var_ptr, VAR_STRIDE, var.to(tl.float64) * unbiased, rate, c, C)
     if batches_ptr is not None:
         tl.debug_barrier()
@@ -51,11 +56,12 @@ def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, bn_ptr, mean_ptr
 
 @triton.jit
 def store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, APPLIED: tl.constexpr):
-    """The table of gradients [6, C] from sum(du), sum(du (x - mean)) in float64, share = 1 / count. 0 (fixed statistics) gives
-    zeros, also where a sum is NaN, which then stays in its element."""
+    """The table of gradients [7, C] from sum(du), sum(du (x - mean)) in float64, share = 1 / count. 0 (fixed statistics) gives
+    zeros, also where a sum is NaN, which then stays in its element. The last row, the offset's, is 0 otherwise, or NaN."""
     mean, scale, rstd = load_row(bn_ptr, MEAN, c, C), load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, RSTD, c, C).to(tl.float64)
     c1 = tl.where(share > 0, -scale * rstd * rstd * moment * share, 0.0)
     c2 = tl.where(share > 0, -scale.to(tl.float64) * total * share - c1 * mean, 0.0)
+    store_row(out_ptr, 6, c, C, tl.where(share > 0, 0.0, scale.to(tl.float64)) * total)
     if APPLIED:
         scale = scale * 0.0 + 1.0
     store_row(out_ptr, 0, c, C, total)
@@ -76,10 +82,11 @@ def bn_act_gradients_kernel(sums_ptr, bn_ptr, out_ptr, share, C, APPLIED: tl.con
 
 def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
                         running_mean: Tensor | None = None, running_var: Tensor | None = None, batches: Tensor | None = None,
-                        rate: float | None = None, count: float = 0.0) -> Tensor:  # fmt: skip
+                        rate: float | None = None, count: float = 0.0, offset: Tensor | None = None) -> Tensor:  # fmt: skip
     channels = stats.shape[1]
     stats, bn = _triton.floats("statistics", stats, 2, channels), stats.new_empty(5, channels)
-    weight, bias = _triton.floats("weight", weight, channels), _triton.floats("bias", bias, channels)
+    beside = {"weight": weight, "bias": bias, "offset": offset}
+    weight, bias, offset = (_triton.floats(name, t, channels) for name, t in beside.items())
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("bn_act: expected both running_mean and running_var, or neither")
     for running in (running_mean, running_var):
@@ -95,7 +102,7 @@ def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | Non
     strides = [0 if t is None else t.stride(0) for t in (running_mean, running_var)]
     numbers = eps, rate or 0.0, count / max(count - 1.0, 1.0) if count < float("inf") else 1.0
     bn_act_coefficients_kernel[(1,)](
-        *(stats, weight, bias, bn, running_mean, running_var, batches, *numbers, channels, *strides),
+        *(stats, weight, bias, offset, bn, running_mean, running_var, batches, *numbers, channels, *strides),
         **dict(AVERAGE=average, BLOCK_C=_triton.power_of_2(channels, 1024)),
     )
     return bn
@@ -104,7 +111,7 @@ def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | Non
 def bn_act_gradients(sums: Tensor, bn: Tensor, count: float, applied: bool = False) -> Tensor:
     channels = sums.shape[1]
     sums = _triton.floats("the gradient of coefficients" if applied else "sums", sums, 5 if applied else 2, channels)
-    bn, out = _triton.floats("coefficients", bn, 5, channels), sums.new_empty(6, channels)
+    bn, out = _triton.floats("coefficients", bn, 5, channels), sums.new_empty(GRADIENTS, channels)
     if channels:
         grid = (triton.cdiv(channels, 128),)
         bn_act_gradients_kernel[grid](sums, bn, out, share(count), channels, APPLIED=applied, BLOCK_C=128)

@@ -24,7 +24,7 @@ from nvae_fast.kernels._tile import (
     store_row,
     store_rows,
 )
-from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import bn_act_coefficients, bn_act_gradients, share, store_gradients  # noqa: F401
 
 
@@ -160,8 +160,8 @@ def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0)
     rows, channels, grid, chunk, sizes = _reduction(x)
     bn = _triton.floats("coefficients", bn, 5, channels)
     if not x.numel():
-        return bn.new_zeros(6, channels)
-    out, parts = bn.new_empty(6, channels), join(x, grid[0], channels, grid[1])
+        return bn.new_zeros(GRADIENTS, channels)
+    out, parts = bn.new_empty(GRADIENTS, channels), join(x, grid[0], channels, grid[1])
     bn_act_sums_kernel[grid](
         dy, x, bn, out, *parts, share(count), rows, channels, chunk, ACT=act, WIDE=_triton.wide(x), **sizes
     )

@@ -61,5 +61,5 @@ def conv2d(
         y = reference.conv2d(_norm_conv.normalised(x, norm, act), weight, bias, *sizes)
         return (y, given) if return_x else y
     code = _norm.ACTIVATIONS.index(act)
-    y, passed = ops.NormConv2d.apply(x, weight, bias, *_norm.tensors(norm), _norm.config(norm), code, sizes)
+    y, passed = ops.NormConv2d.apply(x, weight, bias, _norm.config(norm), code, sizes, *_norm.tensors(norm))
     return (y, _norm.shared(given, x, passed)) if return_x else y

@@ -22,17 +22,12 @@ class NormConv2d(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        found: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
         config: _norm.NormConfig,
         act: int,
         sizes: tuple[int, int, int],
+        *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        bn, count = _norm.coefficients(x, _norm.Parts(gamma, beta, found, running_mean, running_var, batches), config)
+        bn, count = _norm.coefficients(x, _norm.Parts(*parts), config)
         y = conv2d(torch.ops.nvae_fast.bn_act_fwd(x, bn, act), weight, bias, *sizes)
         ctx.save_for_backward(x, weight, bn)
         ctx.settings = config, act, sizes, count, None if bias is None else [len(bias)]
@@ -43,21 +38,21 @@ class NormConv2d(torch.autograd.Function):
     @first_order("conv2d")
     def backward(ctx: Any, dy: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return also, *(None for _ in range(11))
+            return also, *(None for _ in ctx.needs_input_grad[1:])
         raw = torch.ops.nvae_fast
         x, weight, bn = ctx.saved_tensors
         config, act, (stride, padding, dilation), count, bias = ctx.settings
         wanted = ctx.needs_input_grad
-        parts = any(wanted[i] for i in (0, 3, 4))  # whether the normalisation is differentiated
+        before = wanted[0] or any(wanted[6:])  # whether the normalisation is differentiated
         a = raw.bn_act_fwd(x, bn, act)
         da, dweight, dbias = torch.ops.aten.convolution_backward(
             dy, a, weight, bias, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1,
-            [parts, wanted[1], bias is not None and wanted[2]],
+            [before, wanted[1], bias is not None and wanted[2]],
         )  # fmt: skip
         del a
-        dx = dgamma = dbeta = None
-        if parts:
+        dx, parts = None, (None,) * len(wanted[6:])
+        if before:
             table = raw.bn_act_sums(da, x, bn, act, count)
-            c, dgamma, dbeta = _norm.gradients(table, bn, count, config)
+            c, parts = _norm.gradients(table, bn, count, config, wanted[6:])
             dx = raw.bn_act_bwd(da, x, bn, act, c, also)
-        return dx, dweight, dbias, dgamma if wanted[3] else None, dbeta if wanted[4] else None, *(None for _ in range(7))
+        return dx, dweight, dbias, None, None, None, *parts

@@ -5,7 +5,7 @@ C++ one (impl="cuda"), with the same arguments and a `variant` that tests and me
 csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor).
 
 The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
-normalised x (of x without bn), the weight's, and the table of gradients [6, C] of the normalisation before it (bn_act/ops.py),
+normalised x (of x without bn), the weight's, and the table of gradients [7, C] of the normalisation before it (bn_act/ops.py),
 of which the C++ one on CUDA has the first two rows.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._impl import load_native, native_predicate
-from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 
 _INPUT = "Tensor x, Tensor? bn, int act, Tensor weight, int stride, int dilation, int upsample"
 torch.library.define("nvae_fast::depthwise_conv_fwd", f"({_INPUT}, bool stats) -> (Tensor, Tensor)")
@@ -65,7 +65,7 @@ def backward(
     sizes: tuple[int, int, int],
     count: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dweight, the table of gradients [6, C], or [0, C] without bn) of the implementation with this `raw_name`."""
+    """(du, dweight, the table of gradients [7, C], or [0, C] without bn) of the implementation with this `raw_name`."""
     raw = torch.ops.nvae_fast
     if name == "depthwise_conv":
         return raw.depthwise_conv_bwd(dy, y, c, x, bn, act, weight, *sizes, count)
@@ -128,7 +128,7 @@ def _backward_shapes(
     dilation: int,
     upsample: int,
     count: float = 0.0,
-    rows: int = 6,
+    rows: int = GRADIENTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     table = x.new_empty(0 if bn is None else rows, x.shape[1], dtype=torch.float32)
     return empty_image(x, *x.shape), weight.new_empty(weight.shape), table

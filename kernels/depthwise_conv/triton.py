@@ -28,7 +28,7 @@ from nvae_fast.kernels._tile import (
     store_rows,
 )
 from nvae_fast.kernels.bn_act import triton as bn_act
-from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import share, store_gradients
 
 
@@ -205,7 +205,7 @@ def _backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Ten
         raise RuntimeError("depthwise_conv: expected both y and c, or neither")
     y, c = None if y is None else _triton.image("y", y, like), _triton.floats("c", c, 3, channels)
     bn = _triton.floats("coefficients", bn, 5, channels)
-    table, dweight = x.new_empty(0 if bn is None else 6, channels, dtype=torch.float32), weight.new_empty(weight.shape)
+    table, dweight = x.new_empty(0 if bn is None else GRADIENTS, channels, dtype=torch.float32), weight.new_empty(weight.shape)
     if not x.numel():
         return dweight.zero_(), table.zero_()
     sizes["WIDE"] = _wide(x, dy)

@@ -22,6 +22,7 @@ from nvae_fast.kernels.depthwise_conv import ops as depthwise_ops
 from nvae_fast.kernels.pointwise_conv import ops as pointwise_ops
 
 _IDENTITY, _SWISH = 0, 1
+PARTS = len(_norm.Parts._fields)
 
 
 def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
@@ -59,7 +60,7 @@ class InvertedResidual(torch.autograd.Function):
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
         raw, depthwise_conv_fwd, _ = _raw_ops(impl)
-        norms = [_norm.Parts(*parts[i : i + 6]) for i in (0, 6, 12, 18)]
+        norms = [_norm.Parts(*parts[i : i + PARTS]) for i in range(0, 4 * PARTS, PARTS)]
 
         def ready(i: int, t: Tensor, taken: Tensor | None) -> tuple[Tensor, float]:
             return _norm.coefficients(t, norms[i]._replace(stats=taken) if wanted(i) else norms[i], configs[i])
@@ -92,26 +93,25 @@ class InvertedResidual(torch.autograd.Function):
         if t1 is None:
             t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
             t2 = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
-        table = raw.bn_act_gradients(dbn3, bn3, counts[3], True)
-        c, dw3, db3 = _norm.gradients(table, bn3, counts[3], configs[3], applied=True)
+        wanted = [ctx.needs_input_grad[9:][i : i + PARTS] for i in range(0, 4 * PARTS, PARTS)]
+
+        def gradients(i: int, table: Tensor, bn: Tensor) -> tuple[Tensor, _norm.Parts]:
+            return _norm.gradients(table, bn, counts[i], configs[i], wanted[i], applied=i == 3)
+
+        c, parts3 = gradients(3, raw.bn_act_gradients(dbn3, bn3, counts[3], True), bn3)
         du, dproject, table = raw.pointwise_conv_bwd(dt3, t3, c, t2, bn2, _SWISH, project, counts[2])
-        c, dw2, db2 = _norm.gradients(table, bn2, counts[2], configs[2])
+        c, parts2 = gradients(2, table, bn2)
         if stride * upsample == 1 and impl != "cuda":  # whose tiles overlap in dy: du is memory of its own
             ddepthwise, table = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1, counts[1])
         else:
             sizes = stride, 1, upsample
             du, ddepthwise, table = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, sizes, counts[1])
         del t2
-        c, dw1, db1 = _norm.gradients(table, bn1, counts[1], configs[1])
+        c, parts1 = gradients(1, table, bn1)
         du, dexpand, table = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
-        c, dw0, db0 = _norm.gradients(table, bn0, counts[0], configs[0])
+        c, parts0 = gradients(0, table, bn0)
         raw.bn_act_affine_(du, x, c, also)
-        parts = (
-            part for pair in ((dw0, db0), (dw1, db1), (dw2, db2), (dw3, db3)) for part in (*pair, *(None for _ in range(4)))
-        )
-        wanted = ctx.needs_input_grad[9:]
-        parts = tuple(p if w else None for p, w in zip(parts, wanted, strict=True))
-        return (du, dexpand, ddepthwise, dproject, None, None, None, None, None, *parts)
+        return du, dexpand, ddepthwise, dproject, *(None,) * 5, *parts0, *parts1, *parts2, *parts3
 
 
 def _raw_ops(impl: str) -> tuple[Any, Any, Any]:

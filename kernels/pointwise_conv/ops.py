@@ -1,7 +1,7 @@
 """Schemas and shapes of `pointwise_conv`. The native code registers itself for these schemas when it loads.
 
 The backward of a normalisation behind y enters as c [3, C_out]: g = c0 dy + c1 y + c2. The backward returns the gradient du of
-the normalised x (of x without bn), the weight's, and the table of gradients [6, C_in] of the normalisation before it
+the normalised x (of x without bn), the weight's, and the table of gradients [7, C_in] of the normalisation before it
 (bn_act/ops.py).
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._impl import native_predicate
-from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 
 torch.library.define(
     "nvae_fast::pointwise_conv_fwd",
@@ -43,5 +43,5 @@ def _forward_shapes(
 def _backward_shapes(
     dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, count: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    table = x.new_empty(0 if bn is None else 6, x.shape[1], dtype=torch.float32)
+    table = x.new_empty(0 if bn is None else GRADIENTS, x.shape[1], dtype=torch.float32)
     return empty_image(x, *x.shape), weight.new_empty(weight.shape), table

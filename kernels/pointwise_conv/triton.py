@@ -29,7 +29,7 @@ from nvae_fast.kernels._tile import (
     store_row,
     store_rows,
 )
-from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import share, store_gradients
 
 PROGRAMS = 256  # that a GPU should get at least: two for each of its multiprocessors
@@ -201,7 +201,7 @@ def pointwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor
         raise RuntimeError("pointwise_conv: expected both y and c, or neither")
     y, c = None if y is None else _triton.image("y", y, like), _triton.floats("c", c, 3, out)
     bn, du = _triton.floats("coefficients", bn, 5, fan), empty_image(x, *x.shape)
-    table, dweight = x.new_empty(0 if bn is None else 6, fan, dtype=torch.float32), weight.new_empty(weight.shape)
+    table, dweight = x.new_empty(0 if bn is None else GRADIENTS, fan, dtype=torch.float32), weight.new_empty(weight.shape)
     if not x.numel() or not dy.numel():
         return du.zero_(), dweight.zero_(), table.zero_()
     common = sizes | {"ACT": act, "WIDE": _wide(x, dy)}

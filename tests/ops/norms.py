@@ -90,16 +90,18 @@ def outcome(
     """Outputs, gradients of tensors and of the norms' parameters, and where the running statistics went, by name."""
     leaves = [leaf(t) for t in tensors]
     norms = [copied(n, n.weight.dtype) for n in norms]
-    norms = [n._replace(weight=leaf(n.weight), bias=leaf(n.bias)) for n in norms]
-    parameters = [t for n in norms for t in (n.weight, n.bias)]
+    learned = [[name for name in ("weight", "bias", "offset") if getattr(n, name) is not None] for n in norms]
+    norms = [n._replace(**{name: leaf(getattr(n, name)) for name in names}) for n, names in zip(norms, learned, strict=True)]
+    parameters = [getattr(n, name) for n, names in zip(norms, learned, strict=True) for name in names]
     y = call([arrange(t) for t in leaves], norms, impl)
     outputs = y if isinstance(y, tuple) else (y,)
     dy = tensor(*outputs[0].shape, seed=5).to(outputs[0].dtype)
     grads = torch.autograd.grad(outputs[0], leaves + parameters, arrange_dy(dy))
     found = {f"y{i}": t.detach() for i, t in enumerate(outputs)}
     found |= {f"d{i}": t for i, t in enumerate(grads[: len(leaves)])}
+    names = [f"d{name}{i}" for i, names in enumerate(learned) for name in names]
+    found |= dict(zip(names, grads[len(leaves) :], strict=True))
     for i, n in enumerate(norms):
-        found |= {f"dweight{i}": grads[len(leaves) + 2 * i], f"dbias{i}": grads[len(leaves) + 2 * i + 1]}
         if n.running_mean is not None:
             found |= {f"mean{i}": n.running_mean, f"var{i}": n.running_var, f"count{i}": n.num_batches_tracked}
     return found
@@ -164,7 +166,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def bn_act(t, n, impl, act="swish", **options):
     return F.bn_act(t[0], *n[0][:5], training=n[0].training, momentum=n[0].momentum, eps=n[0].eps, act=act, impl=impl,
-                    **options)  # fmt: skip
+                    offset=n[0].offset, **options)  # fmt: skip
 
 
 def pointwise(t, n, impl, act="swish", **options):

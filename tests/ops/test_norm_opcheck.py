@@ -32,6 +32,9 @@ def arguments() -> dict[str, tuple]:
         "bn_act_coefficients": (stats, weight, bias, 1e-5),
         "bn_act_coefficients plain": (stats, None, None, 1e-5),
         "bn_act_coefficients moves": (stats, weight, bias, 1e-5, tensor(6), tensor(6).abs(), torch.tensor(3), 0.1, 40.0),
+        "bn_act_coefficients offset": (
+            *(stats, weight, bias, 1e-5, tensor(6), tensor(6).abs(), torch.tensor(3), 0.1, 40.0, tensor(6)),
+        ),
         "bn_act_coefficients averages": (stats, weight, bias, 1e-5, tensor(6), tensor(6).abs(), torch.tensor(3), None, 40.0),
         "bn_act_gradients": (tensor(2, 6), bn, 40.0),
         "bn_act_gradients fixed": (tensor(2, 6), bn, float("inf")),

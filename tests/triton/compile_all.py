@@ -89,7 +89,7 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
     ],
 }
 ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 then, which Triton makes constants
-    "bn_act_coefficients_kernel": [("weight_ptr",), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
+    "bn_act_coefficients_kernel": [("weight_ptr", "offset_ptr"), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
     "bn_act_bwd_kernel": [("also_ptr",)],
     "bn_act_affine_kernel": [("also_ptr",)],

@@ -137,3 +137,12 @@ def test_shapes_that_do_not_fit_are_refused():
         raw.bn_act_fwd(x, torch.ones(5, 8), 1)
     with pytest.raises(RuntimeError, match="expected .* torch.float32"):
         raw.bn_act_bwd(x.half(), x, torch.ones(5, 9), 1, torch.ones(3, 9))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [7, 192])
+def test_a_bias_that_x_lacks(check, channels, training):
+    given = norm(channels, training=training, offset=tensor(channels, shift=2.0))
+    check(bn_act, [image(2, channels, 3, 5)], [given], FLOAT, 1)
+    found = outcome(bn_act, [image(2, channels, 3, 5)], [given], "triton")
+    assert training != found["doffset0"].any()
