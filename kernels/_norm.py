@@ -158,20 +158,30 @@ def coefficients(x: Tensor, p: Parts, c: NormConfig) -> tuple[Tensor, float]:
     return raw.bn_act_coefficients(stats, p.weight, p.bias, c.eps, *running, *numbers, p.offset), count
 
 
-def gradients(
-    table: Tensor, bn: Tensor, count: float, c: NormConfig, wanted: Sequence[bool], applied: bool = False
-) -> tuple[Tensor, Parts]:
-    """(c [3, C] of dx = c0 du + c1 x + c2, the gradients of those parts that are `wanted`) from a table of gradients [7, C];
-    `applied`: du holds the scale."""
+def gradients(table: Tensor, bn: Tensor, count: float, c: NormConfig, wanted: Sequence[bool]) -> tuple[Tensor, Parts]:
+    """(c [3, C] of dx = c0 du + c1 x + c2, the gradients of those parts that are `wanted`) from a table of gradients [7, C]."""
     coef = table[3:6]
     if c.group is not None:  # dx wants the sums of all processes; dweight and dbias stay this one's, as in SyncBatchNorm
         total = table[:2].clone()
         dist.all_reduce(total, group=c.group)
         coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[3:6]
-        if applied:
-            coef[0].fill_(1.0)
     found = (table[row] if w else None for row, w in zip((2, 0, 6), wanted[:3], strict=True))
     return coef, Parts(*found)
+
+
+def applied_gradients(
+    dbn: Tensor, bn: Tensor, count: float, c: NormConfig, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Parts]:
+    """The same of a normalisation that another op applied to the whole of x, from the gradient dbn [5, C] that it returned
+    (`bn_act.ops.ApplyNorm`): dx = du + c1 x + c2, where du holds the scale, so that c is [2, C], or None where dx = du."""
+    coef = dbn[1:3] if c.uses_batch else None  # fixed statistics do not depend on x
+    if c.group is not None:
+        total = dbn[3:].flip(0)
+        dist.all_reduce(total, group=c.group)
+        coef = torch.ops.nvae_fast.bn_act_gradients(total, bn, count)[4:6]
+    dweight, dbias = (dbn[row] if w else None for row, w in zip((0, 4), wanted[:2], strict=True))
+    doffset = None if not wanted[2] else torch.zeros_like(bn[3]) if c.uses_batch else bn[3] * dbn[4]
+    return coef, Parts(dweight, dbias, doffset)
 
 
 def _join(stats: Tensor, count: float, group: dist.ProcessGroup) -> tuple[Tensor, float]:

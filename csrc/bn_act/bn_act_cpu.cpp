@@ -88,7 +88,7 @@ Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_an
   return out;
 }
 
-void finish_gradients(const float* p, int64_t c, double count, bool applied, float* o) {
+void finish_gradients(const float* p, int64_t c, double count, float* o) {
   // fixed statistics: zeros, also where a sum is NaN, which then stays in its element
   const double share = count > 0 ? 1.0 / count : 0.0;
   for (int64_t i = 0; i < c; i++) {
@@ -96,23 +96,22 @@ void finish_gradients(const float* p, int64_t c, double count, bool applied, flo
     const double total = o[kTotal * c + i], moment = o[kMoment * c + i] * rstd;
     const double c1 = share > 0 ? -scale * rstd * moment * share : 0.0;
     o[kDweight * c + i] = static_cast<float>(moment);
-    o[kC0 * c + i] = applied ? 1.0f : p[kScale * c + i];
+    o[kC0 * c + i] = p[kScale * c + i];
     o[kC1 * c + i] = static_cast<float>(c1);
     o[kC2 * c + i] = share > 0 ? static_cast<float>(-scale * total * share - c1 * mean) : 0.0f;
     o[kDoffset * c + i] = static_cast<float>((share > 0 ? 0.0 : scale) * total);
   }
 }
 
-Tensor gradients_cpu(const Tensor& sums_any, const Tensor& bn_any, double count, bool applied) {
+Tensor gradients_cpu(const Tensor& sums_any, const Tensor& bn_any, double count) {
   TORCH_CHECK(sums_any.dim() == 2, kOp, ": sums of shape ", sums_any.sizes(), "; expected [2, C]");
   const int64_t c = sums_any.size(1);
-  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c});
-  const Tensor sums = floats(kOp, applied ? "the gradient of coefficients" : "sums", sums_any, {applied ? kCoefficients : 2, c});
+  const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, c}), sums = floats(kOp, "sums", sums_any, {2, c});
   const Tensor table = at::empty({kGradients, c}, sums.options());
   float* to = table.data_ptr<float>();
-  std::copy_n(pointer(sums) + (applied ? kShift : 0) * c, c, to + kTotal * c);
-  std::copy_n(pointer(sums) + (applied ? kScale : 1) * c, c, to + kMoment * c);
-  finish_gradients(pointer(bn), c, count, applied, to);
+  static_assert(kTotal == 0 && kMoment == 1);
+  std::copy_n(pointer(sums), 2 * c, to);
+  finish_gradients(pointer(bn), c, count, to);
   return table;
 }
 
@@ -143,7 +142,7 @@ Tensor sums_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any,
     });
   });
   cpu_kernels().join_sums(p, tasks(s), 2 * s.channels, 0, 2 * s.channels, out.data_ptr<float>());
-  finish_gradients(pointer(bn), s.channels, count, false, out.data_ptr<float>());
+  finish_gradients(pointer(bn), s.channels, count, out.data_ptr<float>());
   return out;
 }
 

@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
     cpu_kernels().join_sums(pointer(parts), s.n, size, 0, size, dtaps.data_ptr<float>());
     if (bn) {
       cpu_kernels().join_sums(pointer(sum_parts), s.n, 2 * s.c, 0, 2 * s.c, table.data_ptr<float>());
-      bn_act::finish_gradients(pointer(bn), s.c, values, false, table.data_ptr<float>());
+      bn_act::finish_gradients(pointer(bn), s.c, values, table.data_ptr<float>());
     }
   }
   return {du, dtaps.t().reshape(weight.sizes()).to(weight.scalar_type()).contiguous(), table};

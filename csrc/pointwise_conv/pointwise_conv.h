@@ -24,13 +24,13 @@ struct Forward {
   float *stats, *pixel_sums;
 };
 
-// From g = c0 dy + c1 y + c2 (c [3][out]: the backward of the BatchNorm behind; c null: g = dy): du, the gradient of u (of x
+// From g = c0 dy + c1 y + c2 (c0 [out] or null: 1, c12 [2][out]: the backward of the BatchNorm behind; c12 null: g = dy): du, the gradient of u (of x
 // without bn); sums [2][in] of each task: sum(du), sum(du (x - mean)), null: not wanted; dweight [out][in] of each task.
 // packed: W in panels.
 template <typename T>
 struct Backward {
   const T *dy, *y, *x;
-  const float *c, *bn, *packed;
+  const float *c0, *c12, *bn, *packed;
   T* du;
   float *sums, *dweight;
 };

@@ -96,15 +96,24 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy_any, const Opti
   const Tensor dy = image_like(kOp, "dy", dy_any, sizes, x.scalar_type());
   TORCH_CHECK(y_any.has_value() == c_any.has_value(), kOp, ": expected both y and c, or neither");
   const OptionalTensor y = y_any ? OptionalTensor(image_like(kOp, "y", *y_any, sizes, x.scalar_type())) : OptionalTensor();
-  const OptionalTensor c = floats(kOp, "c", c_any, {3, s.out});
+  const int64_t c_rows = c_any && c_any->sizes() == at::IntArrayRef{2, s.out} ? 2 : 3;
+  const OptionalTensor c = floats(kOp, "c", c_any, {c_rows, s.out});
   const OptionalTensor bn = floats(kOp, "coefficients", bn_any, {bn_act::kCoefficients, s.in});
   const auto options = x.options().dtype(at::kFloat);
   const Tensor du = empty_image(x.size(0), s.in, x.size(2), x.size(3), x), packed = pack(weight, s.out, s.in, s.in, 1);
   const Tensor parts = at::empty({count, size}, options), sum_parts = at::empty({bn ? count : 0, 2 * s.in}, options);
   by_storage(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Backward<T> f{data<T>(dy), y ? data<T>(*y) : nullptr, data<T>(x), pointer(c), pointer(bn), pointer(packed), data<T>(du),
-                        bn ? sum_parts.data_ptr<float>() : nullptr, parts.data_ptr<float>()};
+    const Backward<T> f{data<T>(dy),
+                        y ? data<T>(*y) : nullptr,
+                        data<T>(x),
+                        c && c_rows == 3 ? pointer(c) : nullptr,
+                        c ? pointer(c) + (c_rows - 2) * s.out : nullptr,
+                        pointer(bn),
+                        pointer(packed),
+                        data<T>(du),
+                        bn ? sum_parts.data_ptr<float>() : nullptr,
+                        parts.data_ptr<float>()};
     const auto run = cpu_kernels().of(type).pointwise_conv.backward;
     for_each_task(count, scratch_floats(s), 2 * s.m * size, [&](int64_t i, float* scratch) { run(s, f, i, scratch); });
   });
@@ -116,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy_any, const Opti
   });
   if (bn) {
     cpu_kernels().join_sums(pointer(sum_parts), count, 2 * s.in, 0, 2 * s.in, table.data_ptr<float>());
-    bn_act::finish_gradients(pointer(bn), s.in, values, false, table.data_ptr<float>());
+    bn_act::finish_gradients(pointer(bn), s.in, values, table.data_ptr<float>());
   }
   return {du, dweight.to(weight.scalar_type()), table};
 }

@@ -132,12 +132,12 @@ void backward_act(const Shape& s, const Backward<T>& f, int64_t task, float* scr
     const bool first = r == begin;
     for_channels(s.out, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
       constexpr int NV = decltype(vectors)::value;
-      const T *dy = f.dy + r * s.out + c, *y = f.c ? f.y + r * s.out + c : nullptr;
+      const T *dy = f.dy + r * s.out + c, *y = f.c12 ? f.y + r * s.out + c : nullptr;
       vf c0[NV] = {}, c1[NV] = {}, c2[NV] = {};
       if (y)
         NVAE_UNROLL for (int v = 0; v < NV; v++) {
-          const float* p = f.c + c + v * L;
-          c0[v] = load_n(p, n), c1[v] = load_n(p + s.out, n), c2[v] = load_n(p + 2 * s.out, n);
+          const float* p = f.c12 + c + v * L;
+          c0[v] = f.c0 ? load_n(f.c0 + c + v * L, n) : splat(1.0f), c1[v] = load_n(p, n), c2[v] = load_n(p + s.out, n);
         }
       for (int m = 0; m < rows; m++)
         NVAE_UNROLL for (int v = 0; v < NV; v++) {

@@ -3,6 +3,7 @@
 #include "se_residual/se_residual_cpu.h"
 
 #include "bn_act/bn_act.h"
+#include "bn_act/bn_act_cpu.h"
 #include "common/cpu_op.h"
 #include "cpu/kernels.h"
 
@@ -146,10 +147,15 @@ std::vector<Tensor> backward_cpu(const Tensor& dy_any, const Tensor& x_any, cons
   });
   std::vector<Tensor> out{dx};
   if (bn) {
-    std::vector<double> rows((bn_act::kCoefficients) * n);
-    std::copy(dscale.begin(), dscale.end(), rows.begin() + bn_act::kScale * n);
-    std::copy(dshift.begin(), dshift.end(), rows.begin() + bn_act::kShift * n);
-    out.push_back(as_tensor(rows, {bn_act::kCoefficients, n}, x));
+    std::vector<float> table(bn_act::kGradients * n);
+    std::copy(dshift.begin(), dshift.end(), table.begin() + bn_act::kTotal * n);
+    std::copy(dscale.begin(), dscale.end(), table.begin() + bn_act::kMoment * n);
+    bn_act::finish_gradients(coef, n, static_cast<double>(s.images * s.pixels), table.data());
+    const Tensor rows = at::empty({bn_act::kCoefficients, n}, x.options().dtype(at::kFloat));
+    float* to = rows.data_ptr<float>();
+    for (const int row : {bn_act::kDweight, bn_act::kC1, bn_act::kC2, bn_act::kMoment, bn_act::kTotal})  // ops.ApplyNorm
+      to = std::copy_n(table.begin() + row * n, n, to);
+    out.push_back(rows);
   }
   if (s.hidden) {
     out.push_back(as_tensor(g.w1, {s.hidden, n}, x));

@@ -26,9 +26,7 @@ torch.library.define(
     "(Tensor stats, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
     "Tensor(c!)? batches=None, float? rate=None, float count=0., Tensor? offset=None) -> Tensor",
 )
-torch.library.define(  # `applied`: sums is the gradient of bn [5, C] that `ApplyNorm` returns, and du holds the scale already
-    "nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count, bool applied=False) -> Tensor"
-)
+torch.library.define("nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count) -> Tensor")
 torch.library.define("nvae_fast::bn_act_fwd", "(Tensor x, Tensor bn, int act) -> Tensor")
 torch.library.define("nvae_fast::bn_act_sums", "(Tensor dy, Tensor x, Tensor bn, int act, float count=0.) -> Tensor")
 torch.library.define(  # `also`, where there is one, is added to dx: another gradient of the same x
@@ -71,7 +69,7 @@ def _coefficients_shape(
 
 
 @torch.library.register_fake("nvae_fast::bn_act_gradients")
-def _gradients_shape(sums: Tensor, bn: Tensor, count: float, applied: bool = False) -> Tensor:
+def _gradients_shape(sums: Tensor, bn: Tensor, count: float) -> Tensor:
     return sums.new_empty(GRADIENTS, sums.shape[1])
 
 
@@ -126,9 +124,12 @@ class BnAct(torch.autograd.Function):
 
 
 class ApplyNorm(torch.autograd.Function):
-    """y = scale (x - mean) + bias for a normalisation bn whose own dependence on x is somebody else's to differentiate.
+    """y = scale (x - mean) + bias for a normalisation bn [5, C] of the whole of x, whose own dependence on x is somebody else's
+    to differentiate: dx has the scale alone.
 
-    The gradient of bn holds those of the scale (row 3) and of the bias (row 4): sum(dy (x - mean)) and sum(dy).
+    What is returned as the gradient of bn says the rest, linear in the two sums: row 0 is the weight's, rows 1 and 2 are c1 and
+    c2 of dx + c1 x + c2, the gradient where x is what the statistics are of, row 3 is sum(dy (x - mean)), the scale's, and row
+    4 is sum(dy), the bias's.
     """
 
     @staticmethod
@@ -140,10 +141,8 @@ class ApplyNorm(torch.autograd.Function):
     @first_order("bn_act")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, bn = ctx.saved_tensors
-        sums = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, 0)
-        dbn = torch.zeros_like(bn)
-        dbn[3].copy_(sums[1])
-        dbn[4].copy_(sums[0])
+        table = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, 0, float(x.numel() // max(x.shape[1], 1)))
+        dbn = torch.stack([table[row] for row in (2, 4, 5, 1, 0)])
         scale = torch.zeros_like(bn[:3])
         scale[0].copy_(bn[3])
         return torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, 0, scale), dbn

@@ -55,29 +55,36 @@ def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, offset_ptr, bn_p
 
 
 @triton.jit
-def store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, APPLIED: tl.constexpr):
-    """The table of gradients [7, C] from sum(du), sum(du (x - mean)) in float64, share = 1 / count. 0 (fixed statistics) gives
-    zeros, also where a sum is NaN, which then stays in its element. The last row, the offset's, is 0 otherwise, or NaN."""
+def affine_terms(bn_ptr, total, moment, share, c, C):
+    """c1, c2 of dx = scale du + c1 x + c2, from sum(du), sum(du (x - mean)) in float64, share = 1 / count. 0 (fixed statistics)
+    gives zeros, also where a sum is NaN, which then stays in its element."""
     mean, scale, rstd = load_row(bn_ptr, MEAN, c, C), load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, RSTD, c, C).to(tl.float64)
     c1 = tl.where(share > 0, -scale * rstd * rstd * moment * share, 0.0)
     c2 = tl.where(share > 0, -scale.to(tl.float64) * total * share - c1 * mean, 0.0)
-    store_row(out_ptr, 6, c, C, tl.where(share > 0, 0.0, scale.to(tl.float64)) * total)
-    if APPLIED:
-        scale = scale * 0.0 + 1.0
-    store_row(out_ptr, 0, c, C, total)
-    store_row(out_ptr, 1, c, C, moment)
-    store_row(out_ptr, 2, c, C, moment * rstd)
-    store_row(out_ptr, 3, c, C, scale)
-    store_row(out_ptr, 4, c, C, c1)
-    store_row(out_ptr, 5, c, C, c2)
+    return c1, c2
 
 
 @triton.jit
-def bn_act_gradients_kernel(sums_ptr, bn_ptr, out_ptr, share, C, APPLIED: tl.constexpr, BLOCK_C: tl.constexpr):
+def store_gradients(out_ptr, bn_ptr, total, moment, share, c, C):
+    """The table of gradients [7, C] from sum(du), sum(du (x - mean)) in float64, share = 1 / count. The last row, the offset's,
+    is 0 but behind fixed statistics (share 0), or NaN."""
+    c1, c2 = affine_terms(bn_ptr, total, moment, share, c, C)
+    scale = load_row(bn_ptr, SCALE, c, C)
+    store_row(out_ptr, 0, c, C, total)
+    store_row(out_ptr, 1, c, C, moment)
+    store_row(out_ptr, 2, c, C, moment * load_row(bn_ptr, RSTD, c, C))
+    store_row(out_ptr, 3, c, C, scale)
+    store_row(out_ptr, 4, c, C, c1)
+    store_row(out_ptr, 5, c, C, c2)
+    store_row(out_ptr, 6, c, C, tl.where(share > 0, 0.0, scale.to(tl.float64)) * total)
+
+
+@triton.jit
+def bn_act_gradients_kernel(sums_ptr, bn_ptr, out_ptr, share, C, BLOCK_C: tl.constexpr):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = load_row(sums_ptr, SHIFT if APPLIED else 0, c, C).to(tl.float64)
-    moment = load_row(sums_ptr, SCALE if APPLIED else 1, c, C).to(tl.float64)
-    store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, APPLIED)
+    total = load_row(sums_ptr, 0, c, C).to(tl.float64)
+    moment = load_row(sums_ptr, 1, c, C).to(tl.float64)
+    store_gradients(out_ptr, bn_ptr, total, moment, share, c, C)
 
 
 def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
@@ -108,13 +115,13 @@ def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | Non
     return bn
 
 
-def bn_act_gradients(sums: Tensor, bn: Tensor, count: float, applied: bool = False) -> Tensor:
+def bn_act_gradients(sums: Tensor, bn: Tensor, count: float) -> Tensor:
     channels = sums.shape[1]
-    sums = _triton.floats("the gradient of coefficients" if applied else "sums", sums, 5 if applied else 2, channels)
+    sums = _triton.floats("sums", sums, 2, channels)
     bn, out = _triton.floats("coefficients", bn, 5, channels), sums.new_empty(GRADIENTS, channels)
     if channels:
         grid = (triton.cdiv(channels, 128),)
-        bn_act_gradients_kernel[grid](sums, bn, out, share(count), channels, APPLIED=applied, BLOCK_C=128)
+        bn_act_gradients_kernel[grid](sums, bn, out, share(count), channels, BLOCK_C=128)
     return out
 
 

@@ -93,7 +93,7 @@ def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, T
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0))
     done, total, moment = joined_sums(parts_ptr, tickets_ptr, task, tl.program_id(1), c, C, TASKS, GROUP)
     if done:
-        store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, False)
+        store_gradients(out_ptr, bn_ptr, total, moment, share, c, C)
 
 
 @_triton.autotuned("C")

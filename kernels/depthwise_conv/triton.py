@@ -160,7 +160,7 @@ def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dpart
         store_row(parts, 1, c, C, tl.sum(s2, 0))
         done, total, moment = joined_sums(parts_ptr, tickets_ptr, task, tl.program_id(1), c, C, TASKS, GROUP)
         if done:
-            store_gradients(out_ptr, bn_ptr, total, moment, share, c, C, False)
+            store_gradients(out_ptr, bn_ptr, total, moment, share, c, C)
 
 
 def depthwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stride: int, dilation: int, upsample: int,

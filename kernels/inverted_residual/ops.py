@@ -96,10 +96,11 @@ class InvertedResidual(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[9:][i : i + PARTS] for i in range(0, 4 * PARTS, PARTS)]
 
         def gradients(i: int, table: Tensor, bn: Tensor) -> tuple[Tensor, _norm.Parts]:
-            return _norm.gradients(table, bn, counts[i], configs[i], wanted[i], applied=i == 3)
+            return _norm.gradients(table, bn, counts[i], configs[i], wanted[i])
 
-        c, parts3 = gradients(3, raw.bn_act_gradients(dbn3, bn3, counts[3], True), bn3)
-        du, dproject, table = raw.pointwise_conv_bwd(dt3, t3, c, t2, bn2, _SWISH, project, counts[2])
+        c, parts3 = _norm.applied_gradients(dbn3, bn3, counts[3], configs[3], wanted[3])
+        behind = None if c is None else t3
+        du, dproject, table = raw.pointwise_conv_bwd(dt3, behind, c, t2, bn2, _SWISH, project, counts[2])
         c, parts2 = gradients(2, table, bn2)
         if stride * upsample == 1 and impl != "cuda":  # whose tiles overlap in dy: du is memory of its own
             ddepthwise, table = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1, counts[1])

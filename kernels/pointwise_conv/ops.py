@@ -1,7 +1,8 @@
 """Schemas and shapes of `pointwise_conv`. The native code registers itself for these schemas when it loads.
 
-The backward of a normalisation behind y enters as c [3, C_out]: g = c0 dy + c1 y + c2. The backward returns the gradient du of
-the normalised x (of x without bn), the weight's, and the table of gradients [7, C_in] of the normalisation before it
+The backward of a normalisation behind y enters as c [3, C_out]: g = c0 dy + c1 y + c2, or as c [2, C_out] = c1, c2 where dy
+holds the scale already (c0 = 1). The backward returns the gradient du of the normalised x (of x without bn), the weight's, and
+the table of gradients [7, C_in] of the normalisation before it
 (bn_act/ops.py).
 """
 

@@ -54,13 +54,16 @@ def load_activated(x_ptr, bn_ptr, m, k, M, K, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N):
-    """g = c0 dy + c1 y + c2 [BLOCK_M, BLOCK_N] as stored, or dy without c; columns outside are 0."""
+def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS: tl.constexpr):
+    """g = c0 dy + c1 y + c2 [BLOCK_M, BLOCK_N] as stored, or dy without c; columns outside are 0. In a c of 2 rows c0 is 1."""
     g = load_pitched(dy_ptr, m, n, M, N, N)
     if c_ptr is not None:
-        c0, c1, c2 = load_row(c_ptr, 0, n, N), load_row(c_ptr, 1, n, N), load_row(c_ptr, 2, n, N)
-        y = load_pitched(y_ptr, m, n, M, N, N).to(tl.float32)
-        g = (g.to(tl.float32) * c0[None, :] + y * c1[None, :] + c2[None, :]).to(dy_ptr.dtype.element_ty)
+        c1, c2 = load_row(c_ptr, C_ROWS - 2, n, N), load_row(c_ptr, C_ROWS - 1, n, N)
+        rest = load_pitched(y_ptr, m, n, M, N, N).to(tl.float32) * c1[None, :]
+        wide = g.to(tl.float32)
+        if C_ROWS == 3:
+            wide *= load_row(c_ptr, 0, n, N)[None, :]
+        g = (wide + rest + c2[None, :]).to(dy_ptr.dtype.element_ty)
     return g
 
 
@@ -114,9 +117,9 @@ def pointwise_conv_means_kernel(sums_ptr, means_ptr, M, N, P, TILE, BLOCK_T: tl.
 
 @triton.jit
 def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dparts_ptr, dw_ptr, DTASKS, LEAD,
-                             share, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, ACT: tl.constexpr, WIDE: tl.constexpr,
-                             UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                             BLOCK_K: tl.constexpr):  # fmt: skip
+                             share, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, C_ROWS: tl.constexpr, ACT: tl.constexpr,
+                             WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """du = (G W) act'(u), or G W without bn; the table of gradients from parts [tiles, 2, K]: sum(du), sum(du (x - mean)), of
     du before it is rounded. The first LEAD programs join what the kernel before has left of dw [N, K]."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
@@ -128,7 +131,7 @@ def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr,
     du = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N)
+        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
         du = tl.dot(g, load_pitched(w_ptr, n, k, N, K, K), du, input_precision="ieee")
     if bn_ptr is not None:
         x = load_rows(x_ptr, m, k, M, K)
@@ -142,13 +145,13 @@ def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr,
     if bn_ptr is not None:
         done, total, moment = joined_sums(parts_ptr, tickets_ptr, tile, block, k, K, TASKS, GROUP)
         if done:
-            store_gradients(out_ptr, bn_ptr, total, moment, share, k, K, False)
+            store_gradients(out_ptr, bn_ptr, total, moment, share, k, K)
 
 
 @triton.jit
-def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, M, K, N, CHUNK, ACT: tl.constexpr,
-                                  WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, M, K, N, CHUNK, C_ROWS: tl.constexpr,
+                                  ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """parts [tasks, N, K]: G^T A over a task's CHUNK rows"""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
     rest, _, k = tile_of(tl.program_id(0), K, BLOCK_K)
@@ -157,7 +160,7 @@ def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr
     m = first + tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for _ in range(0, tl.minimum(M - first, CHUNK).to(tl.int32), BLOCK_M):
-        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N)
+        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
         if c_ptr is not None:
             g = tl.where((m < M)[:, None], g, 0.0)  # c2 stands in rows past the end
         a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
@@ -199,12 +202,15 @@ def pointwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor
     dy = _triton.image("dy", dy, like)
     if (y is None) != (c is None):
         raise RuntimeError("pointwise_conv: expected both y and c, or neither")
-    y, c = None if y is None else _triton.image("y", y, like), _triton.floats("c", c, 3, out)
+    y, c = (
+        None if y is None else _triton.image("y", y, like),
+        _triton.floats("c", c, 2 if c is not None and len(c) == 2 else 3, out),
+    )
     bn, du = _triton.floats("coefficients", bn, 5, fan), empty_image(x, *x.shape)
     table, dweight = x.new_empty(0 if bn is None else GRADIENTS, fan, dtype=torch.float32), weight.new_empty(weight.shape)
     if not x.numel() or not dy.numel():
         return du.zero_(), dweight.zero_(), table.zero_()
-    common = sizes | {"ACT": act, "WIDE": _wide(x, dy)}
+    common = sizes | {"C_ROWS": 0 if c is None else len(c), "ACT": act, "WIDE": _wide(x, dy)}
     block_n, block_k, block_m, options = _tile(DWEIGHT, x, out, fan, rows)
     tiles = triton.cdiv(out, block_n) * triton.cdiv(fan, block_k)
     tasks, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // tiles)

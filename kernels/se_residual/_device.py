@@ -6,7 +6,19 @@ import triton
 import triton.language as tl
 
 from nvae_fast.kernels._join import load_parts
-from nvae_fast.kernels._tile import MEAN, SCALE, SHIFT, load_pitched, load_row, load_rows, offset_of, store_row, store_rows
+from nvae_fast.kernels._tile import (
+    MEAN,
+    RSTD,
+    SCALE,
+    SHIFT,
+    load_pitched,
+    load_row,
+    load_rows,
+    offset_of,
+    store_row,
+    store_rows,
+)
+from nvae_fast.kernels.bn_act.tables import affine_terms
 
 
 @triton.jit
@@ -112,10 +124,11 @@ def find_shares(image, parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr,
 
 
 @triton.jit
-def add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, ROWS, C, H,
-               BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+def add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, share, ROWS,
+               C, H, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """Gradients of parameters, for a block of channels and of hidden units: sums in float64 over the rows of `shares`, which
-    are images or, without state, the parts [N, tasks, 2, C] of sum(dy) and sum(dy (x - mean))."""
+    are images or, without state, the parts [N, tasks, 2, C] of sum(dy) and sum(dy (x - mean)). dbn as of `ApplyNorm`, with
+    share = 1 / count of x."""
     blocks = tl.cdiv(C, BLOCK_W)
     c, h = program % blocks * BLOCK_W + tl.arange(0, BLOCK_W), program // blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     dbias = tl.zeros([BLOCK_W], tl.float64)
@@ -146,8 +159,10 @@ def add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr
     if bn_ptr is not None:
         if state_ptr is None:
             dbias, dscale = residual_scale * dbias, residual_scale * dscale
-        for row in tl.static_range(3):
-            store_row(dbn_ptr, row, c, C, tl.zeros([BLOCK_W], tl.float32))
+        c1, c2 = affine_terms(bn_ptr, dbias, dscale, share, c, C)
+        store_row(dbn_ptr, 0, c, C, dscale * load_row(bn_ptr, RSTD, c, C))
+        store_row(dbn_ptr, 1, c, C, c1)
+        store_row(dbn_ptr, 2, c, C, c2)
         store_row(dbn_ptr, SCALE, c, C, dscale)
         store_row(dbn_ptr, SHIFT, c, C, dbias)
     if state_ptr is not None:

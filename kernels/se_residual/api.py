@@ -40,7 +40,8 @@ def se_residual(
         w1, b1: [H, C], [H]: the linear layer from the C means to H hidden units.
         w2, b2: [C, H], [C]: the linear layer back.
         residual_scale: weight of the branch.
-        bn: the normalisation of x that `inverted_residual(..., defer=True)` left to do, applied here on the way in.
+        bn: the normalisation of x that `inverted_residual(..., defer=True)` left to do, applied here on the way in. x is the
+            whole of what it returned, whose statistics bn has.
         return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them; None
             where they would cost a pass of their own (the reference).
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be

@@ -79,13 +79,13 @@ def se_residual_dgate_kernel(dy_ptr, x_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, s
 
 @triton.jit
 def se_residual_bwd_kernel(dy_ptr, bn_ptr, state_ptr, shares_ptr, dx_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, inverse,
-                           residual_scale, P, C, H, ROWS, ADDING, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                           residual_scale, share, P, C, H, ROWS, ADDING, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
                            BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
                            BLOCK_W: tl.constexpr):  # fmt: skip
     """dx = a dy + b of a tile, behind ADDING programs that take the sums over images meanwhile."""
     program = tl.program_id(0)
     if program < ADDING:
-        add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, ROWS,
+        add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, share, ROWS,
                    C, H, BLOCK_N, BLOCK_W, BLOCK_H)  # fmt: skip
     else:
         tiles, across = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_C)
@@ -169,7 +169,7 @@ def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None,
         tiles = images * triton.cdiv(pixels, 2048 // block_c) * triton.cdiv(channels, block_c)
         se_residual_bwd_kernel[(adding + tiles,)](
             *(dy, bn, state if hidden else None, shares, dx, dbn, *(gate or [None] * 4)),
-            *(1.0 / pixels, residual_scale, pixels, channels, hidden, rows, adding),
+            *(1.0 / pixels, residual_scale, 1.0 / (images * pixels), pixels, channels, hidden, rows, adding),
             WIDE=_triton.wide(x),
             BLOCK_M=2048 // block_c,
             BLOCK_C=block_c,

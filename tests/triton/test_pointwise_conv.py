@@ -84,6 +84,18 @@ def test_the_backward_of_a_normalisation_behind(within_budget, shape):
 
 
 @needs_native
+def test_two_rows_of_c_are_three_with_a_first_of_ones(monkeypatch):
+    dy, y, c, *rest = arguments((2, 33, 17, 6, 7))
+    for _ in range(2):  # Triton, then the native code
+        backward = torch.ops.nvae_fast.pointwise_conv_bwd
+        for a, b in zip(*(backward(dy, y, t, *rest) for t in (c[1:], torch.cat((torch.ones(1, 17), c[1:])))), strict=True):
+            assert torch.equal(a, b) and a.any()
+        with pytest.raises(RuntimeError, match="c has shape"):
+            backward(dy, y, c[:1], *rest)
+        monkeypatch.undo()
+
+
+@needs_native
 @pytest.mark.parametrize("behind", [True, False])
 @pytest.mark.parametrize("before", [True, False])
 def test_both_schemas_as_in_the_native_code(monkeypatch, before, behind):

@@ -27,7 +27,7 @@ def test_values_and_gradients(check, shape, gate, dtype):
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("shape", [(2, 33, 4, 5, 7), (2, 7, 20, 15, 4)], ids=str)
 def test_a_normalisation_on_the_way_in(within_budget, shape, gate):
-    """bn is an affine map per channel, of which rows 3 (scale) and 4 (shift) take the gradients of scale and bias."""
+    """bn is an affine map per channel. Rows 3 and 4 of its gradient are those of scale and bias, the others what they make."""
     channels, (skip, x, *gates) = shape[1], se_tensors(*shape)
     mean, scale, bias = tensor(channels, shift=1.0), tensor(channels, shift=1.0, seed=1), tensor(channels, seed=2)
     dy = tensor(*skip.shape, seed=5)
@@ -39,12 +39,16 @@ def test_a_normalisation_on_the_way_in(within_budget, shape, gate):
         y = F.se_residual(skip.to(dtype), v, *(leaves[3:] or [None] * 4), residual_scale=0.3, impl="reference")
         return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
 
-    bn = torch.stack((mean, mean, mean, scale, bias - mean * scale))
+    rstd = tensor(channels, seed=3).abs() + 0.5
+    bn = torch.stack((mean, rstd**-2, rstd, scale, bias - mean * scale))
     w1, b1, w2, b2 = gates if gate else (None,) * 4
     y, state, stats = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, w1, b1, w2, b2, None, 0.3, True)
     dx, dbn, *dgates = torch.ops.nvae_fast.se_residual_bwd(dy, x, bn, w1, w2, state, 0.3)
     check_stats(stats, y)
-    assert not dbn[:3].any()
+    share = 1 / (x.numel() // channels)
+    dweight, c1 = dbn[3].double() * rstd, -dbn[3].double() * scale * rstd.double() ** 2 * share
+    made = torch.stack((dweight, c1, -scale * dbn[4].double() * share - c1 * mean))
+    torch.testing.assert_close(dbn[:3].double(), made, rtol=1e-5, atol=1e-5 * made.abs().max().item())
     for got, ours, truth in zip([y, dx, dbn[3], dbn[4], *dgates], plain(torch.float32), plain(torch.float64), strict=True):
         within_budget(got, ours, truth)
 
