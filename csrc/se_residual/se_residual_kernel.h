@@ -1,15 +1,12 @@
 // Squeeze-excitation with the residual sum, one image a task: two passes over x forward (pool, then scale and add), two over dy
 // backward. The normalisation before it is an affine map per channel that both passes carry along.
 #pragma once
-#include "bn_act/bn_act.h"
 #include "common/statistics.h"
 #include "se_residual/se_residual.h"
 
 namespace nvae::NVAE_ISA::se {
 
-using bn_act::kMean;
-using bn_act::kScale;
-using bn_act::kShift;
+using se_residual::Affine;
 using se_residual::Gate;
 using se_residual::Image;
 using se_residual::Shape;
@@ -70,7 +67,7 @@ inline void excite(const Shape& s, const Gate& g, const Image& image) {
 }
 
 template <typename T>
-void forward(const Shape& s, const Gate& g, const T* skip, const T* x, const float* bn, const float* x_means, const Image& image, T* y,
+void forward(const Shape& s, const Gate& g, const T* skip, const T* x, const Affine& v, const float* x_means, const Image& image, T* y,
              float* stats, int64_t task) {
   const int64_t offset = task * s.pixels * s.channels;
   x += offset, skip += offset, y += offset;
@@ -80,22 +77,22 @@ void forward(const Shape& s, const Gate& g, const T* skip, const T* x, const flo
     else
       pool(s, x, image.x_mean);
     for (int64_t c = 0; c < s.channels; c++)
-      image.gate[c] = bn ? image.x_mean[c] * bn[kScale * s.channels + c] + bn[kShift * s.channels + c] : image.x_mean[c];
+      image.gate[c] = image.x_mean[c] * (v.scale ? v.scale[c] : 1.0f) + (v.shift ? v.shift[c] : 0.0f);
     excite(s, g, image);
   }
   for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
     constexpr int NV = decltype(vectors)::value;
     vf a[NV], b[NV];
-    NVAE_UNROLL for (int v = 0; v < NV; v++) {
-      const int64_t e = c + v * L;
+    NVAE_UNROLL for (int i = 0; i < NV; i++) {
+      const int64_t e = c + i * L;
       const vf gate = s.residual_scale * (s.hidden ? load_n(image.gate + e, n) : splat(1.0f));
-      a[v] = bn ? gate * load_n(bn + kScale * s.channels + e, n) : gate;
-      b[v] = bn ? gate * load_n(bn + kShift * s.channels + e, n) : vf{};
+      a[i] = v.scale ? gate * load_n(v.scale + e, n) : gate;
+      b[i] = v.shift ? gate * load_n(v.shift + e, n) : vf{};
     }
     for (int64_t p = 0; p < s.pixels; p++)
-      NVAE_UNROLL for (int v = 0; v < NV; v++) {
-        const int64_t i = p * s.channels + c + v * L;
-        store_n(y + i, load_n(skip + i, n) + (load_n(x + i, n) * a[v] + b[v]), n);
+      NVAE_UNROLL for (int j = 0; j < NV; j++) {
+        const int64_t i = p * s.channels + c + j * L;
+        store_n(y + i, load_n(skip + i, n) + (load_n(x + i, n) * a[j] + b[j]), n);
       }
   });
   constexpr int64_t kTile = 64;
@@ -104,13 +101,13 @@ void forward(const Shape& s, const Gate& g, const T* skip, const T* x, const flo
 }
 
 template <typename T>
-void sums(const Shape& s, const T* dy, const T* x, const float* bn, float* out, int64_t task) {
+void sums(const Shape& s, const T* dy, const T* x, const Affine& affine, float* out, int64_t task) {
   const int64_t offset = task * s.pixels * s.channels;
   for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
     constexpr int NV = decltype(vectors)::value;
     vf mean[NV];
     Sum s1[NV], s2[NV];
-    NVAE_UNROLL for (int v = 0; v < NV; v++) mean[v] = bn ? load_n(bn + kMean * s.channels + c + v * L, n) : vf{};
+    NVAE_UNROLL for (int v = 0; v < NV; v++) mean[v] = affine.mean ? load_n(affine.mean + c + v * L, n) : vf{};
     for_blocks(s, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
       vf t1[NV] = {}, t2[NV] = {};
       for (int64_t p = begin; p < end; p++)

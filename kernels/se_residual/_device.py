@@ -22,6 +22,12 @@ from nvae_fast.kernels.bn_act.tables import affine_terms
 
 
 @triton.jit
+def load_shift(bn_ptr, c, C, BIAS: tl.constexpr):
+    """What is added to the scaled x: of a normalisation [5, C], or bn itself where it is a BIAS [C]."""
+    return load_row(bn_ptr, 0 if BIAS else SHIFT, c, C)
+
+
+@triton.jit
 def store_parts(task, dy_ptr, x_ptr, bn_ptr, parts_ptr, P, C, CHUNK, TASKS, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
                 BLOCK_C: tl.constexpr):  # fmt: skip
     """parts [N, tasks, 2, C]: sum(dy), sum(dy (x - mean)) over CHUNK pixels, mean 0 without bn; or sum(dy) [N, tasks, C]"""
@@ -57,8 +63,8 @@ def add_parts(parts_ptr, image, TASKS, KINDS: tl.constexpr, KIND: tl.constexpr, 
 
 
 @triton.jit
-def find_gate(image, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, inverse, C, H, TASKS, BLOCK_C: tl.constexpr,
-              BLOCK_H: tl.constexpr):  # fmt: skip
+def find_gate(image, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, inverse, C, H, TASKS, BIAS: tl.constexpr,
+              BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """The state of an image, from the sums of x times `inverse`."""
     state = state_ptr + image * (3 * C + H)
     h = tl.arange(0, BLOCK_H)
@@ -68,7 +74,9 @@ def find_gate(image, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_pt
         mean = add_parts(parts_ptr, image, TASKS, 1, 0, c, C) * inverse
         store_row(state, 0, c, C, mean)
         if bn_ptr is not None:
-            mean = mean * load_row(bn_ptr, SCALE, c, C) + load_row(bn_ptr, SHIFT, c, C)
+            if not BIAS:
+                mean *= load_row(bn_ptr, SCALE, c, C)
+            mean += load_shift(bn_ptr, c, C, BIAS)
         hidden += tl.sum(load_rows(w1_ptr, h, c, H, C) * mean[None, :], 1)
     hidden += load_row(b1_ptr, 0, h, H)
     hidden = tl.where((hidden <= 0) | (h >= H), 0.0, hidden)  # NaN stays
@@ -82,12 +90,12 @@ def find_gate(image, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_pt
 
 
 @triton.jit
-def factor_of(state_ptr, bn_ptr, image, residual_scale, c, C, H, BLOCK_C: tl.constexpr):
-    """(s gate, s gate scale): what v and what x are multiplied by. Without state the gate is 1, without bn the scale."""
+def factor_of(state_ptr, bn_ptr, image, residual_scale, c, C, H, BIAS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(s gate, s gate scale): what v and what x are multiplied by. Without state the gate is 1, without a norm the scale."""
     a = tl.zeros([BLOCK_C], tl.float32) + residual_scale
     if state_ptr is not None:
         a *= load_row(state_ptr + image * (3 * C + H), 1, c, C)
-    if bn_ptr is not None:
+    if (bn_ptr is not None) and (not BIAS):
         return a, a * load_row(bn_ptr, SCALE, c, C)
     else:
         return a, a
@@ -95,8 +103,8 @@ def factor_of(state_ptr, bn_ptr, image, residual_scale, c, C, H, BLOCK_C: tl.con
 
 @triton.jit
 def find_shares(image, parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr, residual_scale, C, H, TASKS,
-                BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """The shares of an image, from its sum(dy) and sum(dy (x - mean)); those of bias and scale with bn alone."""
+                BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """The shares of an image, from its sum(dy) and sum(dy (x - mean)); with bn those of bias and scale."""
     state, shares = state_ptr + image * (3 * C + H), shares_ptr + image * (4 * C + H)
     h = tl.arange(0, BLOCK_H)
     dhidden = tl.zeros([BLOCK_H], tl.float32)
@@ -104,9 +112,12 @@ def find_shares(image, parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr,
         c = c0 + tl.arange(0, BLOCK_C)
         dgate = add_parts(parts_ptr, image, TASKS, 2, 1, c, C)
         if bn_ptr is not None:
-            scale = load_row(bn_ptr, SCALE, c, C)
-            bias = load_row(bn_ptr, SHIFT, c, C) + load_row(bn_ptr, MEAN, c, C) * scale
-            dgate = dgate * scale + add_parts(parts_ptr, image, TASKS, 2, 0, c, C) * bias
+            bias = load_shift(bn_ptr, c, C, BIAS)
+            if not BIAS:
+                scale = load_row(bn_ptr, SCALE, c, C)
+                bias += load_row(bn_ptr, MEAN, c, C) * scale
+                dgate *= scale
+            dgate += add_parts(parts_ptr, image, TASKS, 2, 0, c, C) * bias
         dgate *= residual_scale * load_row(state, 2, c, C)
         store_row(shares, 3, c, C, dgate)
         dhidden += tl.sum(load_rows(w2_ptr, c, h, C, H) * dgate[:, None], 0)
@@ -118,17 +129,18 @@ def find_shares(image, parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr,
         store_row(shares, 2, c, C, dmean)
         if bn_ptr is not None:
             a = residual_scale * load_row(state, 1, c, C)
-            off = load_row(state, 0, c, C) - load_row(bn_ptr, MEAN, c, C)
             store_row(shares, 0, c, C, a * add_parts(parts_ptr, image, TASKS, 2, 0, c, C) + dmean)
-            store_row(shares, 1, c, C, a * add_parts(parts_ptr, image, TASKS, 2, 1, c, C) + dmean * off)
+            if not BIAS:
+                off = load_row(state, 0, c, C) - load_row(bn_ptr, MEAN, c, C)
+                store_row(shares, 1, c, C, a * add_parts(parts_ptr, image, TASKS, 2, 1, c, C) + dmean * off)
 
 
 @triton.jit
 def add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, share, ROWS,
-               C, H, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+               C, H, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """Gradients of parameters, for a block of channels and of hidden units: sums in float64 over the rows of `shares`, which
-    are images or, without state, the parts [N, tasks, 2, C] of sum(dy) and sum(dy (x - mean)). dbn as of `ApplyNorm`, with
-    share = 1 / count of x."""
+    are images or, without state, the parts [N, tasks, 2, C] of sum(dy) and sum(dy (x - mean)), or [N, tasks, C] for a bias. dbn
+    as of `ApplyNorm`, with share = 1 / count of x, or the gradient [C] of a bias."""
     blocks = tl.cdiv(C, BLOCK_W)
     c, h = program % blocks * BLOCK_W + tl.arange(0, BLOCK_W), program // blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     dbias = tl.zeros([BLOCK_W], tl.float64)
@@ -137,21 +149,24 @@ def add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr
     db1 = tl.zeros([BLOCK_H], tl.float64)
     dw1 = tl.zeros([BLOCK_H, BLOCK_W], tl.float64)
     dw2 = tl.zeros([BLOCK_W, BLOCK_H], tl.float64)
-    pitch = 2 * C
+    pitch = C if BIAS else 2 * C
     if state_ptr is not None:
         pitch = 4 * C + H
     for n0 in range(0, ROWS, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         if bn_ptr is not None:
             dbias += tl.sum(load_pitched(shares_ptr, n, c, ROWS, C, pitch).to(tl.float64), 0)
-            dscale += tl.sum(load_pitched(shares_ptr + C, n, c, ROWS, C, pitch).to(tl.float64), 0)
+            if not BIAS:
+                dscale += tl.sum(load_pitched(shares_ptr + C, n, c, ROWS, C, pitch).to(tl.float64), 0)
         if state_ptr is not None:
             dgate = load_pitched(shares_ptr + 3 * C, n, c, ROWS, C, pitch)
             dhidden = load_pitched(shares_ptr + 4 * C, n, h, ROWS, H, pitch)
             pooled = load_pitched(state_ptr, n, c, ROWS, C, 3 * C + H)
             hidden = load_pitched(state_ptr + 3 * C, n, h, ROWS, H, 3 * C + H)
             if bn_ptr is not None:
-                pooled = pooled * load_row(bn_ptr, SCALE, c, C)[None, :] + load_row(bn_ptr, SHIFT, c, C)[None, :]
+                if not BIAS:
+                    pooled *= load_row(bn_ptr, SCALE, c, C)[None, :]
+                pooled += load_shift(bn_ptr, c, C, BIAS)[None, :]
             db2 += tl.sum(dgate.to(tl.float64), 0)
             db1 += tl.sum(dhidden.to(tl.float64), 0)
             dw1 += tl.sum(dhidden[:, :, None] * pooled[:, None, :], 0)
@@ -159,12 +174,13 @@ def add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr
     if bn_ptr is not None:
         if state_ptr is None:
             dbias, dscale = residual_scale * dbias, residual_scale * dscale
-        c1, c2 = affine_terms(bn_ptr, dbias, dscale, share, c, C)
-        store_row(dbn_ptr, 0, c, C, dscale * load_row(bn_ptr, RSTD, c, C))
-        store_row(dbn_ptr, 1, c, C, c1)
-        store_row(dbn_ptr, 2, c, C, c2)
-        store_row(dbn_ptr, SCALE, c, C, dscale)
-        store_row(dbn_ptr, SHIFT, c, C, dbias)
+        store_row(dbn_ptr, 0 if BIAS else SHIFT, c, C, dbias)
+        if not BIAS:
+            c1, c2 = affine_terms(bn_ptr, dbias, dscale, share, c, C)
+            store_row(dbn_ptr, 0, c, C, dscale * load_row(bn_ptr, RSTD, c, C))
+            store_row(dbn_ptr, 1, c, C, c1)
+            store_row(dbn_ptr, 2, c, C, c2)
+            store_row(dbn_ptr, SCALE, c, C, dscale)
     if state_ptr is not None:
         store_rows(dw1_ptr, h, c, H, C, dw1)
         store_row(db1_ptr, 0, h, H, db1)

@@ -27,6 +27,7 @@ def se_residual(
     *,
     residual_scale: float = 0.1,
     bn: Tensor | None = None,
+    bias: Tensor | None = None,
     return_stats: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -42,6 +43,8 @@ def se_residual(
         residual_scale: weight of the branch.
         bn: the normalisation of x that `inverted_residual(..., defer=True)` left to do, applied here on the way in. x is the
             whole of what it returned, whose statistics bn has.
+        bias: [C], of x: x + bias stands for x above, as behind a convolution that leaves its bias to be added here, where it
+            costs no pass. Its gradient comes from the sums that are taken anyway. Not beside bn, which has one.
         return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them; None
             where they would cost a pass of their own (the reference).
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
@@ -60,7 +63,11 @@ def se_residual(
     absent = [name for name, t in gate.items() if t is None]
     if absent and len(absent) < 4:
         raise ValueError(f"{', '.join(absent)} is None: expected all of w1, b1, w2, b2, or none of them for no gate")
-    _norm.check_beside(x, skip=skip, **gate, bn=bn)
+    _norm.check_beside(x, skip=skip, **gate, bn=bn, bias=bias)
+    if bias is not None and bn is not None:
+        raise ValueError("bias beside bn: expected one of them; a normalisation has a bias of its own")
+    if bias is not None and bias.shape != x.shape[1:2]:
+        raise ValueError(f"bias of shape {tuple(bias.shape)}: expected ({x.shape[1]},), the channels of x")
     if not absent:
         channels, hidden = x.shape[1], w1.shape[0] if w1.dim() else 0
         if not hidden:
@@ -75,12 +82,13 @@ def se_residual(
         )
     if skip.dtype != x.dtype and impl == "auto":
         impl = _impl.unless_chosen("se_residual")
-    impl = _auto.choose("se_residual", impl, [skip, x], [] if absent else [w1], fused=bn is not None)
+    impl = _auto.choose("se_residual", impl, [skip, x], [t for t in (w1, bias) if t is not None], fused=bn is not None)
     if _impl.resolve_impl("se_residual", impl, skip, x) == "reference":
         x = x if bn is None else ApplyNorm.apply(x, bn)
-        y = reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale)
+        y = reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale, bias=bias)
         return (y, None) if return_stats else y
     dtype = torch.promote_types(skip.dtype, x.dtype)
-    w1, b1, w2, b2 = (None if t is None else t.float() for t in (w1, b1, w2, b2))
-    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), bn, w1, b1, w2, b2, residual_scale, return_stats)
+    w1, b1, w2, b2, bias = (None if t is None else t.float() for t in (w1, b1, w2, b2, bias))
+    before = bn if bias is None else bias
+    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), before, w1, b1, w2, b2, residual_scale, return_stats)
     return (y, stats) if return_stats else y

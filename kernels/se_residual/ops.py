@@ -1,4 +1,7 @@
-"""Schemas, shapes and autograd of `se_residual`. The native code registers itself for these schemas when it loads."""
+"""Schemas, shapes and autograd of `se_residual`. The native code registers itself for these schemas when it loads.
+
+`bn` is what stands before: a normalisation [5, C] (bn_act/ops.py; its gradient is that of `ApplyNorm`), or a bias [C] of x.
+"""
 
 from __future__ import annotations
 

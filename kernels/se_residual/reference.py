@@ -15,12 +15,15 @@ def se_residual(
     b2: Tensor | None,
     *,
     residual_scale: float = 0.1,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """skip + residual_scale * x * gate(mean over space of x); see `api.se_residual`."""
+    """skip + residual_scale * v * gate(mean over space of v), v = x + bias; see `api.se_residual`."""
     out_dtype = torch.promote_types(skip.dtype, x.dtype)
     work = torch.promote_types(out_dtype, torch.float32)
     with torch.autocast(device_type=x.device.type, enabled=False):
         wide = x.to(work)
+        if bias is not None:
+            wide = wide + bias.to(work)[:, None, None]
         branch = wide
         if w1 is not None:
             w1, b1, w2, b2 = (t.to(work) for t in (w1, b1, w2, b2))

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import arrive, join, joined_stats
-from nvae_fast.kernels._tile import SCALE, SHIFT, load_row, load_rows, offset_of, store_row, store_rows
+from nvae_fast.kernels._tile import SCALE, load_row, load_rows, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import empty_image
-from nvae_fast.kernels.se_residual._device import add_images, factor_of, find_gate, find_shares, store_parts
+from nvae_fast.kernels.se_residual._device import add_images, factor_of, find_gate, find_shares, load_shift, store_parts
 
 
 @triton.jit
 def se_residual_gate_kernel(x_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, parts_ptr, tickets_ptr, inverse, P, C, H,
-                            CHUNK, TASKS, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-                            BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+                            CHUNK, TASKS, BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                            BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """Sums of x, and by the last program of an image its state; without x, `parts` are the sums."""
     task = tl.program_id(0)
     last = True
@@ -34,23 +34,23 @@ def se_residual_gate_kernel(x_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state
         store_parts(task, x_ptr, None, None, parts_ptr, P, C, CHUNK, TASKS, WIDE, BLOCK_M, BLOCK_C)
         last = arrive(tickets_ptr + task // TASKS, TASKS * tl.num_programs(1))
     if last:
-        find_gate(task // TASKS, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, inverse, C, H, TASKS, BLOCK_W,
-                  BLOCK_H)  # fmt: skip
+        find_gate(task // TASKS, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, inverse, C, H, TASKS, BIAS,
+                  BLOCK_W, BLOCK_H)  # fmt: skip
 
 
 @triton.jit
 def se_residual_fwd_kernel(skip_ptr, x_ptr, bn_ptr, state_ptr, y_ptr, out_ptr, parts_ptr, tickets_ptr, residual_scale, M, P, C,
-                           H, CHUNK, TASKS, GROUP, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+                           H, CHUNK, TASKS, GROUP, BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
                            BLOCK_C: tl.constexpr):  # fmt: skip
     """y = skip + (a x + b); out [2, C], mean and biased variance of y as it is stored, where a tile is CHUNK rows."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles = tl.cdiv(P, BLOCK_M)
     m = offset_of(task % tiles, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = offset_of(task // tiles, WIDE) * P * C
-    gate, a = factor_of(state_ptr, bn_ptr, task // tiles, residual_scale, c, C, H, BLOCK_C)
+    gate, a = factor_of(state_ptr, bn_ptr, task // tiles, residual_scale, c, C, H, BIAS, BLOCK_C)
     y = load_rows(x_ptr + first, m, c, P, C) * a[None, :]
     if bn_ptr is not None:
-        y += (gate * load_row(bn_ptr, SHIFT, c, C))[None, :]
+        y += (gate * load_shift(bn_ptr, c, C, BIAS))[None, :]
     y = (y + load_rows(skip_ptr + first, m, c, P, C)).to(y_ptr.dtype.element_ty).to(tl.float32)
     store_rows(y_ptr + first, m, c, P, C, y)
     if parts_ptr is not None:
@@ -66,38 +66,39 @@ def se_residual_fwd_kernel(skip_ptr, x_ptr, bn_ptr, state_ptr, y_ptr, out_ptr, p
 
 @triton.jit
 def se_residual_dgate_kernel(dy_ptr, x_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr, parts_ptr, tickets_ptr,
-                             residual_scale, P, C, H, CHUNK, TASKS, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+                             residual_scale, P, C, H, CHUNK, TASKS, BIAS: tl.constexpr, WIDE: tl.constexpr,
+                             BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+                             BLOCK_W: tl.constexpr):  # fmt: skip
     """Sums of dy and dy (x - mean), and with a gate, by the last program of an image, its shares."""
     task = tl.program_id(0)
-    store_parts(task, dy_ptr, x_ptr, bn_ptr, parts_ptr, P, C, CHUNK, TASKS, WIDE, BLOCK_M, BLOCK_C)
+    store_parts(task, dy_ptr, x_ptr, None if BIAS else bn_ptr, parts_ptr, P, C, CHUNK, TASKS, WIDE, BLOCK_M, BLOCK_C)
     if w1_ptr is not None:
         if arrive(tickets_ptr + task // TASKS, TASKS * tl.num_programs(1)):
             find_shares(task // TASKS, parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr, residual_scale, C, H, TASKS,
-                        BLOCK_W, BLOCK_H)  # fmt: skip
+                        BIAS, BLOCK_W, BLOCK_H)  # fmt: skip
 
 
 @triton.jit
 def se_residual_bwd_kernel(dy_ptr, bn_ptr, state_ptr, shares_ptr, dx_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, inverse,
-                           residual_scale, share, P, C, H, ROWS, ADDING, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-                           BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+                           residual_scale, share, P, C, H, ROWS, ADDING, BIAS: tl.constexpr, WIDE: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
                            BLOCK_W: tl.constexpr):  # fmt: skip
     """dx = a dy + b of a tile, behind ADDING programs that take the sums over images meanwhile."""
     program = tl.program_id(0)
     if program < ADDING:
-        add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, share, ROWS,
-                   C, H, BLOCK_N, BLOCK_W, BLOCK_H)  # fmt: skip
+        add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, share,
+                   ROWS, C, H, BIAS, BLOCK_N, BLOCK_W, BLOCK_H)  # fmt: skip
     else:
         tiles, across = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_C)
         tile, c = (program - ADDING) // across, (program - ADDING) % across * BLOCK_C + tl.arange(0, BLOCK_C)
         m = offset_of(tile % tiles, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
         image = tile // tiles
         first = offset_of(image, WIDE) * P * C
-        gate, a = factor_of(state_ptr, bn_ptr, image, residual_scale, c, C, H, BLOCK_C)
+        gate, a = factor_of(state_ptr, bn_ptr, image, residual_scale, c, C, H, BIAS, BLOCK_C)
         dx = load_rows(dy_ptr + first, m, c, P, C) * a[None, :]
         if state_ptr is not None:
             b = load_row(shares_ptr + image * (4 * C + H), 2, c, C) * inverse
-            if bn_ptr is not None:
+            if (bn_ptr is not None) and (not BIAS):
                 b *= load_row(bn_ptr, SCALE, c, C)
             dx += b[None, :]
         store_rows(dx_ptr + first, m, c, P, C, dx)
@@ -108,14 +109,14 @@ def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | Non
                     stats: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, skip = _triton.image("x", x), _triton.image("skip", skip, x)
     images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
-    bn, x_means = _triton.floats("coefficients", bn, 5, channels), _triton.floats("x_means", x_means, images, channels)
+    (bn, bias), x_means = _before(bn, channels), _triton.floats("x_means", x_means, images, channels)
     w1, b1 = _triton.floats("w1", w1, hidden, channels), _triton.floats("b1", b1, hidden)
     w2, b2 = _triton.floats("w2", w2, channels, hidden), _triton.floats("b2", b2, channels)
     y, state = empty_image(x, *x.shape), x.new_empty(images, 3 * channels + hidden if hidden else 0, dtype=torch.float32)
     if x.numel():
         if hidden:
             summed, inverse = x, 1.0 / pixels
-            grid, parts, tickets, sizes = _sums(x, 1, hidden)
+            grid, parts, tickets, sizes = _sums(x, 1, hidden, bias)
             if x_means is not None:
                 grid, summed, parts, inverse = (images,), None, x_means, 1.0
                 sizes["TASKS"] = 1
@@ -133,6 +134,7 @@ def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | Non
             *(skip, x, bn, state if hidden else None, y, found, *joined[:2], residual_scale),
             *(images * pixels, pixels, channels, hidden, block_m, *joined[2:]),
             num_warps=8,  # with 4, the statistics do not fit into the registers
+            BIAS=bias,
             WIDE=_triton.wide(x),
             BLOCK_M=block_m,
             BLOCK_C=block_c,
@@ -146,7 +148,7 @@ def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None,
                     residual_scale: float) -> list[Tensor]:  # fmt: skip
     x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
     images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
-    bn = _triton.floats("coefficients", bn, 5, channels)
+    bn, bias = _before(bn, channels)
     w1, w2 = _triton.floats("w1", w1, hidden, channels), _triton.floats("w2", w2, channels, hidden)
     state = _triton.floats("state", state, images, 3 * channels + hidden if hidden else 0)
     dx = empty_image(x, *x.shape)
@@ -159,10 +161,11 @@ def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None,
         shares, rows, adding = None, 0, 0
         block_c, block_h = _block_c(x), _triton.power_of_2(hidden, 64)
         if found:
-            grid, parts, tickets, sizes = _sums(x, 2, hidden)
+            summed = x if hidden or not bias else None  # a bias alone wants sum(dy) alone
+            grid, parts, tickets, sizes = _sums(x, 1 if summed is None else 2, hidden, bias)
             shares = state.new_empty(images, 4 * channels + hidden) if hidden else parts
             se_residual_dgate_kernel[grid](
-                *(dy, x, bn, w1, w2, state, shares, parts, tickets, residual_scale, pixels, channels, hidden), **sizes
+                *(dy, summed, bn, w1, w2, state, shares, parts, tickets, residual_scale, pixels, channels, hidden), **sizes
             )
             rows = images if hidden else grid[0]
             adding = triton.cdiv(channels, 16) * triton.cdiv(max(hidden, 1), block_h)
@@ -170,6 +173,7 @@ def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None,
         se_residual_bwd_kernel[(adding + tiles,)](
             *(dy, bn, state if hidden else None, shares, dx, dbn, *(gate or [None] * 4)),
             *(1.0 / pixels, residual_scale, 1.0 / (images * pixels), pixels, channels, hidden, rows, adding),
+            BIAS=bias,
             WIDE=_triton.wide(x),
             BLOCK_M=2048 // block_c,
             BLOCK_C=block_c,
@@ -191,14 +195,21 @@ def _block_c(x: Tensor) -> int:
     return _triton.power_of_2(x.shape[1], 64 if x.shape[2] * x.shape[3] > 16 else 128)
 
 
-def _sums(x: Tensor, kinds: int, hidden: int) -> tuple[tuple[int, int], Tensor, Tensor | None, dict[str, int]]:
+def _before(bn: Tensor | None, channels: int) -> tuple[Tensor | None, bool]:
+    """What stands before the op, and whether that is a bias [C] instead of a normalisation [5, C]."""
+    if bn is not None and bn.dim() == 1:
+        return _triton.floats("bias", bn, channels), True
+    return _triton.floats("coefficients", bn, 5, channels), False
+
+
+def _sums(x: Tensor, kinds: int, hidden: int, bias: bool) -> tuple[tuple[int, int], Tensor, Tensor | None, dict[str, int]]:
     """(grid, parts [N, tasks, kinds, C], tickets of images, sizes) of a kernel with `store_parts`: about 1,000 programs, where
     there are that many tiles. Of the two linear layers' weights, 2048 values are read at a time."""
     images, channels, pixels = _sizes(x)
     block_c, block_h = _block_c(x), _triton.power_of_2(hidden, 1 << 16)
     block_m, across = 2048 // block_c, triton.cdiv(channels, block_c)
     count, chunk = _triton.tasks(pixels, block_m, 1024 // (images * across))
-    sizes = {"CHUNK": chunk, "TASKS": count, "WIDE": _triton.wide(x), "BLOCK_M": block_m, "BLOCK_C": block_c}
+    sizes = {"CHUNK": chunk, "TASKS": count, "BIAS": bias, "WIDE": _triton.wide(x), "BLOCK_M": block_m, "BLOCK_C": block_c}
     sizes |= {"BLOCK_H": block_h, "BLOCK_W": _triton.power_of_2(channels, max(2048 // block_h, 16))}
     parts = x.new_empty(images, count, kinds, channels, dtype=torch.float32)
     return (images * count, across), parts, _triton.tickets(x.device, images) if hidden else None, sizes

@@ -204,8 +204,10 @@ def skipping(op, join="added", passed=True, **options):
 
 
 def se(t, n, impl, **options):
-    gate = t[2:] if len(t) > 2 else (None,) * 4
-    return F.se_residual(t[0], t[1], *gate, impl=impl, **options)
+    """Of skip and x, then the four of the gate or none, then a bias or none."""
+    skip, x, *rest = t
+    bias = rest.pop() if len(rest) % 4 else None
+    return F.se_residual(skip, x, *(rest or (None,) * 4), bias=bias, impl=impl, **options)
 
 
 def branch_tensors(batch, channels, hidden, out, h, w, k=3):

@@ -58,9 +58,12 @@ def arguments() -> dict[str, tuple]:
         "depthwise_conv_bwd_": (y.clone(memory_format=torch.preserve_format), x, c, x, bn, 1, taps, 1, 40.0),
         "depthwise_conv_bwd_ plain": (y.clone(memory_format=torch.preserve_format), None, None, x, None, 0, taps, 2),
         "se_residual_fwd": (skip, x, bn, w1, b1, w2, b2, None, 0.1, True),
+        "se_residual_fwd bias": (skip, x, bias, w1, b1, w2, b2, None, 0.1, True),
         "se_residual_fwd means": (skip, x, None, w1, b1, w2, b2, x.mean((2, 3)), 0.1, False),
         "se_residual_fwd plain": (skip, x, None, None, None, None, None, None, 0.1, False),
         "se_residual_bwd": (y, x, bn, w1, w2, state, 0.1),
+        "se_residual_bwd bias": (y, x, bias, w1, w2, state, 0.1),
+        "se_residual_bwd bias alone": (y, x, bias, None, None, ungated, 0.1),
         "se_residual_bwd plain": (y, x, None, None, None, ungated, 0.1),
     }
 

@@ -56,6 +56,16 @@ def test_gradients_of_first_and_second_order():
     assert gradgradcheck(se_residual, args)
 
 
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_bias_of_x(gate):
+    skip, x, *gates = make(channels=3, hidden=2, size=2, dtype=torch.float64)
+    gates, bias = gates if gate else [None] * 4, torch.tensor([0.5, -2.0, 0.25], dtype=torch.float64)
+    args = [t if t is None else t.requires_grad_() for t in (skip, x, *gates, bias)]
+    given = lambda *t: se_residual(*t[:6], bias=t[6])  # noqa: E731
+    assert torch.equal(given(*args), se_residual(skip, x + bias[:, None, None], *gates))
+    assert gradcheck(given, args) and gradgradcheck(given, args)
+
+
 def test_strided_inputs_and_gradients():
     skip, x, *gate = make()
     dense = [skip.requires_grad_(), x.requires_grad_()]
@@ -104,4 +114,18 @@ def test_bad_arguments(position, value, message):
     args[position] = value
     with pytest.raises(ValueError, match=message) as caught:
         se_residual(*args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": torch.zeros(5)}, r"bias of shape \(5,\): expected \(6,\)"),
+        ({"bias": torch.zeros(6), "bn": torch.zeros(5, 6)}, "bias beside bn: expected one of them"),
+        ({"bias": torch.zeros(6, device="meta")}, "bias is on meta: expected cpu"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        se_residual(*make(), **options)
     assert "\n" not in str(caught.value)

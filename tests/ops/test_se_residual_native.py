@@ -31,6 +31,15 @@ def test_values_and_gradients(within_budget, shape, gate, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_a_bias_of_x(within_budget, shape, gate, dtype):
+    tensors, bias = se_tensors(*shape), tensor(shape[1], shift=1.0, seed=3)
+    call = lambda t, n, i: se(t, n, i, residual_scale=0.3)  # noqa: E731
+    check(call, [*(tensors if gate else tensors[:2]), bias], [], within_budget, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[2] * s[3] > 1], ids=str)
 def test_statistics_of_the_output(shape, gate, dtype):
     tensors = se_tensors(*shape)

@@ -42,7 +42,7 @@ REALS = {"sign", "weight", "beta2", "decay", "ema_weight"}
 REALS |= {"eps", "share", "rate", "unbiased", "inverse", "residual_scale", "half_bin", "log_bin", "top_level"}
 REALS |= {"temperature", "factor"}
 CONSTANTS = dict(ACT=1, WIDE=False, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK=2048)
-CONSTANTS |= dict(AVERAGE=True, C_ROWS=3, LOG_BETA1=-0.1, NEAR=True, DECAY=True, TERMS=False)
+CONSTANTS |= dict(AVERAGE=True, BIAS=False, C_ROWS=3, LOG_BETA1=-0.1, NEAR=True, DECAY=True, TERMS=False)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
 JOIN = "parts_ptr", "tickets_ptr"
 DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
@@ -140,6 +140,7 @@ OTHERS = {  # than CONSTANTS say
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
     "depthwise_conv_dweight_kernel": [dict(BLOCK_T=8, BLOCK_M=8)],
     "depthwise_conv_du_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
+    **{f"se_residual_{name}_kernel": [{}, dict(BIAS=True)] for name in ("gate", "fwd", "dgate", "bwd")},
     "weight_norm_fwd_kernel": [{}, SHARED],
     "weight_norm_bwd_kernel": [{}, SHARED],
 }

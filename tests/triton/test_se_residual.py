@@ -24,6 +24,27 @@ def test_values_and_gradients(check, shape, gate, dtype):
     check(lambda t, n, i: se(t, n, i, residual_scale=0.3), tensors if gate else tensors[:2], [], dtype, 2)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("shape", [(2, 33, 5, 1, 5), (2, 7, 20, 15, 4)], ids=str)
+def test_a_bias_of_x(check, shape, gate, dtype):
+    tensors, bias = se_tensors(*shape), tensor(shape[1], shift=1.0, seed=3)
+    check(lambda t, n, i: se(t, n, i, residual_scale=0.3), [*(tensors if gate else tensors[:2]), bias], [], dtype, 2)
+
+
+def test_a_bias_costs_no_launch(launches):
+    """Without a gate sum(dy) alone is taken for it."""
+    tensors, bias, found = se_tensors(2, 33, 4, 4), tensor(33), {}
+    for gate in (True, False):
+        for biased in (True, False):
+            leaves = [t.requires_grad_() for t in [*(tensors if gate else tensors[:2]), *([bias] if biased else [])]]
+            with launches() as found[gate, biased]:
+                y = se(leaves, [], "triton")
+                torch.autograd.grad(y, leaves, tensors[0].detach())
+    assert found[True, True] == found[True, False]
+    assert len(found[False, True]) == len(found[False, False]) + 1 == 3
+
+
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("shape", [(2, 33, 4, 5, 7), (2, 7, 20, 15, 4)], ids=str)
 def test_a_normalisation_on_the_way_in(within_budget, shape, gate):
@@ -54,11 +75,12 @@ def test_a_normalisation_on_the_way_in(within_budget, shape, gate):
 
 
 @needs_native
+@pytest.mark.parametrize("before", [(5, 33), (33,)], ids=["norm", "bias"])
 @pytest.mark.parametrize("means", [True, False])
-def test_both_schemas_as_in_the_native_code(monkeypatch, means):
+def test_both_schemas_as_in_the_native_code(monkeypatch, means, before):
     """The state as well, which the native backward could take over."""
     skip, x, *gate = se_tensors(2, 33, 6, 7, 5)
-    bn, dy = tensor(5, 33), tensor(2, 33, 6, 7, seed=5)
+    bn, dy = tensor(*before), tensor(2, 33, 6, 7, seed=5)
     x_means = x.mean((2, 3)) if means else None
     found = []
     for _ in range(2):
