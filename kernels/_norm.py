@@ -120,11 +120,31 @@ def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == kept else t.to(torch.get_autocast_dtype(kind)) for t in (x, *others))
 
 
-def shared(given: Tensor, read: Tensor, passed: Tensor) -> Tensor:
-    """The argument x of an op, for whoever reads it beside the op: as its autograd function `passed` it through, which adds the
-    other gradient in a pass of its own backward, or as it was `given` where the function `read` a cast of it or there is no
+def shared(given: Tensor, read: Tensor, passed: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The argument x of an op, for all who read it beside the op: as its autograd function `passed` it through, which adds the
+    other gradients in a pass of its own backward, or as it was `given` where the function `read` a cast of it or there is no
     gradient to add to."""
-    return passed if given.requires_grad and given.dtype == read.dtype else given
+    return passed if given.requires_grad and given.dtype == read.dtype else [given] * len(passed)
+
+
+READERS = 2  # beside an op, of an x that it hands on: what the last pass of a backward adds
+
+
+def check_readers(return_x: int) -> int:
+    """How many times an op hands on its x; ValueError where that is too many."""
+    if not 0 <= return_x <= READERS:
+        raise ValueError(f"return_x {return_x}: expected how many others read x, {READERS} at most")
+    return int(return_x)
+
+
+def others(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients among those of an x that was handed on: some of its readers may have none."""
+    return [g for g in grads if g is not None]
+
+
+def total(grads: Sequence[Tensor]) -> Tensor | None:
+    """Their sum, where there is nothing else to add them to."""
+    return sum(grads[1:], grads[0]) if grads else None
 
 
 def tensors(norm: Norm) -> Parts:

@@ -68,9 +68,9 @@ class ActConv(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
                                      dilation, data_init=not bn)  # fmt: skip
 
-    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_x: bool = False) -> Any:
-        """`stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: return (y, x), as
-        `functional.conv2d` does."""
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_x: int = 0) -> Any:
+        """`stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: return (y, x) or (y, x, x),
+        as `functional.conv2d` does."""
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
             norm = self.bn.norm._replace(stats=stats)
@@ -78,14 +78,14 @@ class ActConv(nn.Module):
                             stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0],
                             return_x=return_x)  # fmt: skip
         if self.bn is None:
-            a = tf.elu(x)
+            a, *rest = tf.elu(x), *[x] * return_x
         elif return_x:
-            a, x = self.bn(x, stats, return_x=True)
+            a, *rest = self.bn(x, stats, return_x=return_x)
         else:
-            a = self.bn(x, stats)
+            a, *rest = (self.bn(x, stats),)
         if self.upsample:
             a = tf.interpolate(a, scale_factor=2, mode="nearest")
-        return (self.conv(a), x) if return_x else self.conv(a)
+        return (self.conv(a), *rest) if return_x else self.conv(a)
 
 
 def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -155,24 +155,26 @@ class Cell(nn.Module):
         )
         self.se = SqueezeExcite(out_channels) if use_se else None
 
-    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_stats: bool = False) -> Any:
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_stats: bool = False, return_x: bool = False) -> Any:
         """`stats`: mean and variance [2, C] of x where the op before has returned them; `return_stats`: return (out, stats of
-        out), the latter None where they do not come for nothing."""
+        out), the latter None where they do not come for nothing; `return_x`: and x behind them, for what else reads it."""
         *first, last = self.ops
         options: dict[str, Any] = {} if stats is None else {"stats": stats}
-        if isinstance(self.skip, nn.Identity) and x.requires_grad and torch.is_grad_enabled():
-            options["return_x"] = True  # the backward of the first op then adds the two gradients of x
-        y, rest = x, []
+        if x.requires_grad and torch.is_grad_enabled():
+            options["return_x"] = 1 + return_x  # the backward of the first op then adds all gradients of x
+        passed, y, rest = [x, x], x, []
         for op in (*first, last.branch if isinstance(last, InvertedResidual) else last):
             found = op(y, **options)
             y, *rest = found if isinstance(found, tuple) else (found,)
             if "return_x" in options:
-                x = rest.pop()
+                rest, passed = rest[: -options["return_x"]], rest[-options["return_x"] :]
             options = {}
         bn = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
         if self.se is not None:
-            return self.se.residual(self.skip(x), y, bn=bn, return_stats=return_stats)
-        return F.se_residual(self.skip(x), y, None, None, None, None, bn=bn, return_stats=return_stats)
+            found = self.se.residual(self.skip(passed[0]), y, bn=bn, return_stats=return_stats)
+        else:
+            found = F.se_residual(self.skip(passed[0]), y, None, None, None, None, bn=bn, return_stats=return_stats)
+        return (*(found if return_stats else (found,)), passed[1]) if return_x else found
 
 
 class EncoderCombiner(nn.Module):
@@ -200,16 +202,29 @@ class DecoderCombiner(nn.Module):
         )
 
 
-def run_cells(modules: Sequence[nn.Module], h: Tensor, combine: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
-    """Cells one after the other; combiners among them are called as combine(module, h). In training a cell hands on the
-    statistics of its output where the next one normalises it first: they come for nothing."""
-    stats = None
+def run_cells(
+    modules: Sequence[nn.Module],
+    h: Tensor,
+    combine: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    look: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Cells one after the other. A DecoderCombiner among them is called as combine(module, h), an EncoderCombiner only sees h,
+    as look(h): as the cell behind it hands h on, which then adds the gradient that comes back with its own. In training a cell
+    hands on the statistics of its output where the next one normalises it first: they come for nothing."""
+    stats, seen = None, False
     for module, behind in zip(modules, [*modules[1:], None], strict=True):
-        if not isinstance(module, Cell):
-            before, h = h, combine(module, h)
-            stats = stats if h is before else None
-        elif module.training and isinstance(behind, (Cell, EncoderCombiner)):
-            h, stats = module(h, stats, return_stats=True)
+        if isinstance(module, EncoderCombiner):
+            if isinstance(behind, Cell):
+                seen = True
+            else:
+                look(h)
+        elif not isinstance(module, Cell):
+            h, stats = combine(module, h), None
         else:
-            h, stats = module(h, stats), None
+            wanted = module.training and isinstance(behind, (Cell, EncoderCombiner))
+            found = module(h, stats, return_stats=wanted, return_x=seen)
+            h, *rest = found if isinstance(found, tuple) else (found,)
+            if seen:
+                look(rest.pop())
+            stats, seen = rest[0] if rest else None, False
     return h

@@ -123,12 +123,7 @@ class NVAE(ModelFiles, nn.Module):
         self._check_images(x)
         h = self.stem(2.0 * reduce_bits(x, self.config.num_x_bits) - 1.0)
         features: list[Tensor] = []
-
-        def look(_: nn.Module, h: Tensor) -> Tensor:
-            features.append(h)
-            return h
-
-        h = run_cells([*self.pre_process, *self.enc_tower], h, look)
+        h = run_cells([*self.pre_process, *self.enc_tower], h, look=features.append)
         return [self.enc0(h), *reversed(features)]
 
     def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None,

@@ -17,6 +17,12 @@ struct Shape {
   int64_t chunk;  // rows of a task: a function of the sizes alone
 };
 
+// Other gradients of x, like x: none, the first alone, or two.
+template <typename T>
+struct Also {
+  const T *first, *second;
+};
+
 // Tasks of `chunk` rows; partial sums come per task.
 template <typename T>
 struct Kernels {
@@ -26,10 +32,10 @@ struct Kernels {
   void (*forward)(const Shape&, const T* x, const float* bn, T* y, int64_t task);
   // [2][channels]: sum(du), sum(du (x - mean)), du = dy act'(u)
   void (*sums)(const Shape&, const T* dy, const T* x, const float* bn, float* partial, int64_t task);
-  // dx = c0 du + c1 x + c2 + also, c [3][channels], also null: 0
-  void (*backward)(const Shape&, const T* dy, const T* x, const float* bn, const float* c, const T* also, T* dx, int64_t task);
+  // dx = c0 du + c1 x + c2 + also, c [3][channels]
+  void (*backward)(const Shape&, const T* dy, const T* x, const float* bn, const float* c, Also<T> also, T* dx, int64_t task);
   // du <- c0 du + c1 x + c2 + also
-  void (*affine)(const Shape&, const T* x, const float* c, const T* also, T* du, int64_t task);
+  void (*affine)(const Shape&, const T* x, const float* c, Also<T> also, T* du, int64_t task);
 };
 
 }  // namespace nvae::bn_act

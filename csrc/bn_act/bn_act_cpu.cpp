@@ -22,9 +22,18 @@ int64_t tasks(const Shape& s) { return s.channels ? (s.rows + s.chunk - 1) / s.c
 int64_t last_rows(const Shape& s) { return s.rows - (tasks(s) - 1) * s.chunk; }
 
 // Undefined where there is none.
-Tensor also_like(const OptionalTensor& also, const Tensor& x) {
-  return also ? image_like(kOp, "also", *also, x.sizes(), x.scalar_type()) : Tensor();
-}
+struct Others {
+  Others(const OptionalTensor& also, const OptionalTensor& also2, const Tensor& x) {
+    TORCH_CHECK(also || !also2, kOp, ": also2 without also; pass the only gradient there is as also");
+    if (also) first = image_like(kOp, "also", *also, x.sizes(), x.scalar_type());
+    if (also2) second = image_like(kOp, "also2", *also2, x.sizes(), x.scalar_type());
+  }
+  template <typename T>
+  Also<T> of() const {
+    return {first.defined() ? data<T>(first) : nullptr, second.defined() ? data<T>(second) : nullptr};
+  }
+  Tensor first, second;
+};
 
 }  // namespace
 
@@ -147,31 +156,32 @@ Tensor sums_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any,
 }
 
 Tensor backward_cpu(const Tensor& dy_any, const Tensor& x_any, const Tensor& bn_any, int64_t act, const Tensor& c_any,
-                    const OptionalTensor& also_any) {
+                    const OptionalTensor& also, const OptionalTensor& also2) {
   const Tensor x = image(kOp, "x", x_any), dy = image_like(kOp, "dy", dy_any, x.sizes(), x.scalar_type());
   const Tensor bn = floats(kOp, "coefficients", bn_any, {kCoefficients, x.size(1)}), c = floats(kOp, "c", c_any, {3, x.size(1)});
-  const Tensor also = also_like(also_any, x);
+  const Others others(also, also2, x);
   const Shape s = shape_of(x, act);
   const Tensor dx = empty_image(x.size(0), x.size(1), x.size(2), x.size(3), x);
   by_storage(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = cpu_kernels().of(type).bn_act.backward;
     for_each_task(tasks(s), 0, x.numel() * 8, [&](int64_t i, float*) {
-      run(s, data<T>(dy), data<T>(x), pointer(bn), pointer(c), also.defined() ? data<T>(also) : nullptr, data<T>(dx), i);
+      run(s, data<T>(dy), data<T>(x), pointer(bn), pointer(c), others.of<T>(), data<T>(dx), i);
     });
   });
   return dx;
 }
 
-void affine_cpu_(Tensor& du, const Tensor& x_any, const Tensor& c_any, const OptionalTensor& also_any) {
+void affine_cpu_(Tensor& du, const Tensor& x_any, const Tensor& c_any, const OptionalTensor& also, const OptionalTensor& also2) {
   const Tensor x = image(kOp, "x", x_any), c = floats(kOp, "c", c_any, {3, x.size(1)});
   const Shape s = shape_of(x, 0);
-  const Tensor dense = image_like(kOp, "du", du, x.sizes(), x.scalar_type()), also = also_like(also_any, x);
+  const Tensor dense = image_like(kOp, "du", du, x.sizes(), x.scalar_type());
+  const Others others(also, also2, x);
   by_storage(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto run = cpu_kernels().of(type).bn_act.affine;
     for_each_task(tasks(s), 0, x.numel(), [&](int64_t i, float*) {
-      run(s, data<T>(x), pointer(c), also.defined() ? data<T>(also) : nullptr, data<T>(dense), i);
+      run(s, data<T>(x), pointer(c), others.of<T>(), data<T>(dense), i);
     });
   });
   if (!dense.is_same(du)) du.copy_(dense);

@@ -15,8 +15,9 @@ at::Tensor gradients_cpu(const at::Tensor& sums, const at::Tensor& bn, double co
 at::Tensor forward_cpu(const at::Tensor& x, const at::Tensor& bn, int64_t act);
 at::Tensor sums_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& bn, int64_t act, double count);
 at::Tensor backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& bn, int64_t act, const at::Tensor& c,
-                        const std::optional<at::Tensor>& also);
-void affine_cpu_(at::Tensor& du, const at::Tensor& x, const at::Tensor& c, const std::optional<at::Tensor>& also);
+                        const std::optional<at::Tensor>& also, const std::optional<at::Tensor>& also2);
+void affine_cpu_(at::Tensor& du, const at::Tensor& x, const at::Tensor& c, const std::optional<at::Tensor>& also,
+                 const std::optional<at::Tensor>& also2);
 
 // From rows kTotal and kMoment of a table of gradients, the others: a gradient is averaged over `count` values (infinite, or 0: the
 // statistics stand fixed).

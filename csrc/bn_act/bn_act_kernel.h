@@ -6,6 +6,7 @@
 
 namespace nvae::NVAE_ISA::bn {
 
+using bn_act::Also;
 using bn_act::kMean;
 using bn_act::kScale;
 using bn_act::kShift;
@@ -78,9 +79,10 @@ void sums_act(const Shape& s, const T* dy, const T* x, const float* bn, float* p
   });
 }
 
-// bn null: du = dy; also null: nothing is added
-template <int ACT, bool BN, bool ALSO, typename T>
-void backward_of(const Shape& s, const T* dy, const T* x, const float* bn, const float* coef, const T* also, T* dx, int64_t task) {
+// bn null: du = dy; ALSO: how many other gradients are added
+template <int ACT, bool BN, int ALSO, typename T>
+void backward_of(const Shape& s, const T* dy, const T* x, const float* bn, const float* coef, Also<T> others, T* dx, int64_t task) {
+  const T *also = others.first, *also2 = others.second;
   for_tiles(s, task, [&](int64_t m0, int64_t rows) __attribute__((always_inline)) {
     for_channels(s.channels, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
       constexpr int NV = decltype(vectors)::value;
@@ -102,7 +104,8 @@ void backward_of(const Shape& s, const T* dy, const T* x, const float* bn, const
             du *= slope;
           }
           vf out = du * c0[v] + t * c1[v] + c2[v];
-          if constexpr (ALSO) out += load_n(also + i, n);
+          if constexpr (ALSO > 0) out += load_n(also + i, n);
+          if constexpr (ALSO > 1) out += load_n(also2 + i, n);
           store_n(dx + i, out, n);
         }
     });
@@ -110,8 +113,10 @@ void backward_of(const Shape& s, const T* dy, const T* x, const float* bn, const
 }
 
 template <int ACT, bool BN, typename T>
-void backward_act(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, const T* also, T* dx, int64_t task) {
-  const auto run = also ? backward_of<ACT, BN, true, T> : backward_of<ACT, BN, false, T>;
+void backward_act(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, Also<T> also, T* dx, int64_t task) {
+  const auto run = also.second  ? backward_of<ACT, BN, 2, T>
+                   : also.first ? backward_of<ACT, BN, 1, T>
+                                : backward_of<ACT, BN, 0, T>;
   run(s, dy, x, bn, c, also, dx, task);
 }
 
@@ -126,14 +131,14 @@ void sums(const Shape& s, const T* dy, const T* x, const float* bn, float* parti
   run(s, dy, x, bn, partial, task);
 }
 template <typename T>
-void backward(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, const T* also, T* dx, int64_t task) {
+void backward(const Shape& s, const T* dy, const T* x, const float* bn, const float* c, Also<T> also, T* dx, int64_t task) {
   const auto run = s.act == kSwish ? backward_act<kSwish, true, T>
                    : s.act == kElu ? backward_act<kElu, true, T>
                                    : backward_act<kIdentity, true, T>;
   run(s, dy, x, bn, c, also, dx, task);
 }
 template <typename T>
-void affine(const Shape& s, const T* x, const float* c, const T* also, T* du, int64_t task) {
+void affine(const Shape& s, const T* x, const float* c, Also<T> also, T* du, int64_t task) {
   backward_act<kIdentity, false, T>(s, du, x, nullptr, c, also, du, task);
 }
 

@@ -31,6 +31,7 @@ struct DensityInputs {
 
 struct DensityGradients {
   const float *log_p, *kl;  // for each element, those of its row's sums; kl is log q - log p
+  const float* also_z;      // added to that of z; null: nothing is
   float *z, *mu, *log_sigma;
 };
 

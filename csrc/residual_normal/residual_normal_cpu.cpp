@@ -131,9 +131,10 @@ struct Density {
 };
 
 template <typename T>
-void log_prob_backward(const Density<T>& in, const MaybeTensor (&sums)[2], const Tensor (&outputs)[3]) {
+void log_prob_backward(const Density<T>& in, const MaybeTensor (&sums)[2], const MaybeTensor& also, const Tensor (&outputs)[3]) {
   const auto run = NVAE_SELECT(log_prob_backward_tile);
   const Plan plan(outputs[0]);
+  const Image<const T> also_image(also);
   Image<T> out[3];
   for (int k = 0; k < 3; k++)
     if (outputs[k].defined()) out[k] = Image<T>(outputs[k]);
@@ -143,7 +144,7 @@ void log_prob_backward(const Density<T>& in, const MaybeTensor (&sums)[2], const
     plan.tiles(task, [&](const Tile& tile) {
       float* to[3];
       for (int k = 0; k < 3; k++) to[k] = target(out[k], tile, scratch[9 + k]);
-      run(in.read(tile, scratch), {rows[0], rows[1], to[0], to[1], to[2]});
+      run(in.read(tile, scratch), {rows[0], rows[1], load(also_image, tile, scratch[3]), to[0], to[1], to[2]});
       for (int k = 0; k < 3; k++) store(out[k], tile, to[k]);
     });
   });
@@ -250,9 +251,10 @@ std::vector<Tensor> log_prob_forward_cpu(const Tensor& z, const MaybeTensor& mu,
   return {sums[0], at::sub(*log_q, sums[0])};
 }
 
-std::vector<Tensor> log_prob_backward_cpu(const MaybeTensor& dlog_p, const MaybeTensor& dkl, const Tensor& z, const MaybeTensor& mu,
-                                          const MaybeTensor& log_sigma, bool joined) {
+std::vector<Tensor> log_prob_backward_cpu(const MaybeTensor& dlog_p, const MaybeTensor& dkl, const MaybeTensor& dz, const Tensor& z,
+                                          const MaybeTensor& mu, const MaybeTensor& log_sigma, bool joined) {
   check_density(z, mu, log_sigma);
+  check(z, dz, z.scalar_type());
   std::vector<Tensor> found;
   Tensor grads[3] = {at::empty_like(z)};
   found.push_back(grads[0]);
@@ -260,7 +262,7 @@ std::vector<Tensor> log_prob_backward_cpu(const MaybeTensor& dlog_p, const Maybe
   const MaybeTensor sums[2] = {dlog_p, dkl};
   with_dtype(z, [&](auto tag) {
     using T = decltype(tag);
-    log_prob_backward(Density<T>{Image<const T>(z), Image<const T>(mu), Image<const T>(log_sigma)}, sums, grads);
+    log_prob_backward(Density<T>{Image<const T>(z), Image<const T>(mu), Image<const T>(log_sigma)}, sums, dz, grads);
   });
   return found;
 }

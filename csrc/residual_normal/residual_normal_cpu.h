@@ -25,9 +25,10 @@ std::vector<at::Tensor> backward_cpu(
 std::vector<at::Tensor> log_prob_forward_cpu(const at::Tensor& z, const std::optional<at::Tensor>& mu,
                                              const std::optional<at::Tensor>& log_sigma, const std::optional<at::Tensor>& log_q);
 
-// Gradients of z, and of mu and log_sigma when given.
+// Gradients of z, to which dz is added, and of mu and log_sigma when given.
 std::vector<at::Tensor> log_prob_backward_cpu(const std::optional<at::Tensor>& dlog_p, const std::optional<at::Tensor>& dkl,
-                                              const at::Tensor& z, const std::optional<at::Tensor>& mu,
-                                              const std::optional<at::Tensor>& log_sigma, bool joined);
+                                              const std::optional<at::Tensor>& dz, const at::Tensor& z,
+                                              const std::optional<at::Tensor>& mu, const std::optional<at::Tensor>& log_sigma,
+                                              bool joined);
 
 }  // namespace nvae::residual_normal

@@ -152,18 +152,18 @@ void log_prob_forward_of(const DensityInputs& in, float* __restrict log_p) {
   }
 }
 
-template <bool GIVEN>
+template <bool GIVEN, bool ALSO>
 void log_prob_backward_of(const DensityInputs& in, const DensityGradients& g) {
   Normal p;
   if (GIVEN) normal<true>(in.mu, in.log_sigma, in.n, p);
-  const float *z = in.z, *dlog_p = g.log_p, *dkl = g.kl;
+  const float *z = in.z, *dlog_p = g.log_p, *dkl = g.kl, *also = g.also_z;
   float *__restrict dz = g.z, *__restrict dmu = g.mu, *__restrict dls = g.log_sigma;
   const int n = in.n;
 #pragma omp simd
   for (int i = 0; i < n; i++) {
     const float inverse = 1.0f / (GIVEN ? p.sigma[i] : 1.01f), v = (z[i] - (GIVEN ? p.mu[i] : 0.0f)) * inverse;
     const float by_sum = (dlog_p[i] - dkl[i]) * inverse;
-    dz[i] = -by_sum * v;
+    dz[i] = ALSO ? also[i] - by_sum * v : -by_sum * v;
     if (GIVEN) {
       dmu[i] = by_sum * v * p.dmu[i];
       dls[i] = by_sum * (v * v - 1.0f) * p.dsigma[i];
@@ -176,7 +176,8 @@ void log_prob_forward_tile(const DensityInputs& in, float* log_p) {
 }
 
 void log_prob_backward_tile(const DensityInputs& in, const DensityGradients& g) {
-  in.mu ? log_prob_backward_of<true>(in, g) : log_prob_backward_of<false>(in, g);
+  if (g.also_z) return in.mu ? log_prob_backward_of<true, true>(in, g) : log_prob_backward_of<false, true>(in, g);
+  in.mu ? log_prob_backward_of<true, false>(in, g) : log_prob_backward_of<false, false>(in, g);
 }
 
 typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));

@@ -33,9 +33,9 @@ def bn_act(
     process_group: dist.ProcessGroup | None = None,
     stats: Tensor | None = None,
     offset: Tensor | None = None,
-    return_x: bool = False,
+    return_x: int = 0,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """y = act(u), u = weight (x - mean) / sqrt(var + eps) + bias, per channel of x [B, C, H, W].
 
     Training (or no running statistics): mean and biased variance of the batch. Training also moves the running
@@ -53,8 +53,8 @@ def bn_act(
         stats: mean and biased variance [2, C] of x where another op has returned them; the reference takes its own.
         offset: [C] or None, a bias that x lacks: the normalisation is of x + offset. Statistics of the batch take it away
             again: the running mean alone moves by it, and its gradient is 0.
-        return_x: return (y, x), where x is to be read by others too: the gradient that comes back to it is added in the last
-            pass of this backward, which saves the pass of autograd's addition.
+        return_x: how many others read x too, 2 at most: return (y, x) or (y, x, x), for each of them one. The gradients that
+            come back to them are added in the last pass of this backward, which saves the passes of autograd's additions.
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too); both keep x and 5 C floats for
             backward. The reference alone can be differentiated twice.
 
@@ -74,9 +74,10 @@ def bn_act(
     _norm.check_norm(norm, x, x.shape[1], "x")
     values = x.numel() // max(x.shape[1], 1)
     _norm.check_batch(norm, values, x.shape)
+    readers = _norm.check_readers(return_x)
     impl = _auto.choose("bn_act", impl, [x])
     if _impl.resolve_impl("bn_act", impl, x) == "reference":
         y = reference.normalised(x, norm, act)
-        return (y, x) if return_x else y
-    y, passed = ops.BnAct.apply(x, _norm.config(norm), ACTIVATIONS.index(act), *_norm.tensors(norm))
-    return (y, _norm.shared(x, x, passed)) if return_x else y
+        return (y, *[x] * readers) if readers else y
+    y, *passed = ops.BnAct.apply(x, _norm.config(norm), ACTIVATIONS.index(act), readers, *_norm.tensors(norm))
+    return (y, *_norm.shared(x, x, passed)) if readers else y

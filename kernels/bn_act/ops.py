@@ -29,10 +29,13 @@ torch.library.define(
 torch.library.define("nvae_fast::bn_act_gradients", "(Tensor sums, Tensor bn, float count) -> Tensor")
 torch.library.define("nvae_fast::bn_act_fwd", "(Tensor x, Tensor bn, int act) -> Tensor")
 torch.library.define("nvae_fast::bn_act_sums", "(Tensor dy, Tensor x, Tensor bn, int act, float count=0.) -> Tensor")
-torch.library.define(  # `also`, where there is one, is added to dx: another gradient of the same x
-    "nvae_fast::bn_act_bwd", "(Tensor dy, Tensor x, Tensor bn, int act, Tensor c, Tensor? also=None) -> Tensor"
+torch.library.define(  # `also`, then `also2`, are added to dx where there are such: other gradients of the same x
+    "nvae_fast::bn_act_bwd",
+    "(Tensor dy, Tensor x, Tensor bn, int act, Tensor c, Tensor? also=None, Tensor? also2=None) -> Tensor",
 )
-torch.library.define("nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c, Tensor? also=None) -> ()")
+torch.library.define(
+    "nvae_fast::bn_act_affine_", "(Tensor(a!) du, Tensor x, Tensor c, Tensor? also=None, Tensor? also2=None) -> ()"
+)
 
 cpu_can_run = native_predicate("cpu", torch.float32, torch.bfloat16)
 triton_can_run = _triton.can_run
@@ -84,18 +87,19 @@ def _sums_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_bwd")
-def _backward_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor, also: Tensor | None = None) -> Tensor:
+def _backward_shape(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor, also: Tensor | None = None,
+                    also2: Tensor | None = None) -> Tensor:  # fmt: skip
     return empty_image(x, *x.shape)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_affine_")
-def _affine_shape(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None) -> None:
+def _affine_shape(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None, also2: Tensor | None = None) -> None:
     return None
 
 
 class BnAct(torch.autograd.Function):
-    """Returns (act(BN(x)), x), keeps x and bn, and moves the running statistics. x is an output for what else reads it: that
-    gradient then comes here, and is added in the last pass."""
+    """Returns (act(BN(x)), *`readers` times x), keeps x and bn, and moves the running statistics. x is an output for what else
+    reads it: those gradients then come here, and are added in the last pass."""
 
     @staticmethod
     def forward(
@@ -103,24 +107,26 @@ class BnAct(torch.autograd.Function):
         x: Tensor,
         config: _norm.NormConfig,
         act: int,
+        readers: int,
         *parts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         bn, count = _norm.coefficients(x, _norm.Parts(*parts), config)
         ctx.save_for_backward(x, bn)
         ctx.count, ctx.config, ctx.act = count, config, act
         ctx.set_materialize_grads(False)
-        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act), x.view_as(x)
+        return torch.ops.nvae_fast.bn_act_fwd(x, bn, act), *[x.view_as(x) for _ in range(readers)]
 
     @staticmethod
     @first_order("bn_act")
-    def backward(ctx: Any, dy: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        also = _norm.others(others)
         if dy is None:
-            return also, *(None for _ in ctx.needs_input_grad[1:])
+            return _norm.total(also), *(None for _ in ctx.needs_input_grad[1:])
         x, bn = ctx.saved_tensors
         table = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act, ctx.count)
-        c, parts = _norm.gradients(table, bn, ctx.count, ctx.config, ctx.needs_input_grad[3:])
-        dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c, also)
-        return dx, None, None, *parts
+        c, parts = _norm.gradients(table, bn, ctx.count, ctx.config, ctx.needs_input_grad[4:])
+        dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c, *also)
+        return dx, None, None, None, *parts
 
 
 class ApplyNorm(torch.autograd.Function):

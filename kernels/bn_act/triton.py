@@ -98,7 +98,7 @@ def bn_act_sums_kernel(dy_ptr, x_ptr, bn_ptr, out_ptr, parts_ptr, tickets_ptr, T
 
 @_triton.autotuned("C")
 @triton.jit
-def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, also_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr,
+def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, also_ptr, also2_ptr, dx_ptr, M, C, ACT: tl.constexpr, WIDE: tl.constexpr,
                       BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK // BLOCK_C
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -110,11 +110,13 @@ def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, also_ptr, dx_ptr, M, C, ACT:
     dx = du * c0[None, :] + x * c1[None, :] + c2[None, :]
     if also_ptr is not None:
         dx += load_rows(also_ptr, m, c, M, C)
+    if also2_ptr is not None:
+        dx += load_rows(also2_ptr, m, c, M, C)
     store_rows(dx_ptr, m, c, M, C, dx)
 
 
 @triton.jit
-def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, also_ptr, M, C, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, also_ptr, also2_ptr, M, C, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_C: tl.constexpr):  # fmt: skip
     """In place, which is why it is not tuned: a tuner would run it more than once."""
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,6 +125,8 @@ def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, also_ptr, M, C, WIDE: tl.constexp
     du = load_rows(du_ptr, m, c, M, C) * c0[None, :] + load_rows(x_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
     if also_ptr is not None:
         du += load_rows(also_ptr, m, c, M, C)
+    if also2_ptr is not None:
+        du += load_rows(also2_ptr, m, c, M, C)
     store_rows(du_ptr, m, c, M, C, du)
 
 
@@ -168,29 +172,37 @@ def bn_act_sums(dy: Tensor, x: Tensor, bn: Tensor, act: int, count: float = 0.0)
     return out
 
 
-def bn_act_bwd(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor, also: Tensor | None = None) -> Tensor:
+def bn_act_bwd(dy: Tensor, x: Tensor, bn: Tensor, act: int, c: Tensor, also: Tensor | None = None,
+               also2: Tensor | None = None) -> Tensor:  # fmt: skip
     x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
     bn, c = _triton.floats("coefficients", bn, 5, x.shape[1]), _triton.floats("c", c, 3, x.shape[1])
-    also = None if also is None else _triton.image("also", also, x)
+    others = _others(also, also2, x)
     dx = empty_image(x, *x.shape)
     if x.numel():
         rows, channels, grid, block_c = _elementwise(x)
-        bn_act_bwd_kernel[grid](dy, x, bn, c, also, dx, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
+        bn_act_bwd_kernel[grid](dy, x, bn, c, *others, dx, rows, channels, ACT=act, WIDE=_triton.wide(x), BLOCK_C=block_c)
     return dx
 
 
-def bn_act_affine_(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None) -> None:
+def bn_act_affine_(du: Tensor, x: Tensor, c: Tensor, also: Tensor | None = None, also2: Tensor | None = None) -> None:
     x, dense = _triton.image("x", x), _triton.image("du", du, x)
     c = _triton.floats("c", c, 3, x.shape[1])
-    also = None if also is None else _triton.image("also", also, x)
+    others = _others(also, also2, x)
     if x.numel():
         rows, channels, grid, block_c = _elementwise(x)
         tile = {"BLOCK": 2048, "BLOCK_C": block_c}
         bn_act_affine_kernel[grid(tile)](
-            dense, x, c, also, rows, channels, WIDE=_triton.wide(x), BLOCK_M=2048 // block_c, BLOCK_C=block_c
+            dense, x, c, *others, rows, channels, WIDE=_triton.wide(x), BLOCK_M=2048 // block_c, BLOCK_C=block_c
         )
     if dense is not du:
         du.copy_(dense)
+
+
+def _others(also: Tensor | None, also2: Tensor | None, x: Tensor) -> list[Tensor | None]:
+    if also is None and also2 is not None:
+        raise RuntimeError("bn_act: also2 without also; pass the only gradient there is as also")
+    named = ("also", also), ("also2", also2)
+    return [None if t is None else _triton.image(name, t, x) for name, t in named]
 
 
 def _elementwise(x: Tensor):

@@ -25,9 +25,9 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
-    return_x: bool = False,
+    return_x: int = 0,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """A dense convolution behind a batch normalisation and an activation, which are not kept but computed again in backward.
 
     x [N, C, H, W], any strides; weight [C_out, C, k, k], bias [C_out] or None. Zeros are padded around a = act(norm(x)). The
@@ -36,8 +36,9 @@ def conv2d(
 
     norm: a `Norm` over C channels. In training its running statistics move, once.
     act: "identity", "swish" or "elu".
-    return_x: return (y, x), where x is to be read by others too (a skip connection): the gradient that comes back to it is
-        added in the last pass of this backward, which saves the pass of autograd's addition.
+    return_x: how many others read x too (a skip connection, a latent group), 2 at most: return (y, x) or (y, x, x), for each of
+        them one. The gradients that come back to them are added in the last pass of this backward, which saves the passes of
+        autograd's additions.
     impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too), of the normalisation. The reference
         keeps a, and alone can be differentiated twice.
 
@@ -55,11 +56,11 @@ def conv2d(
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if value < least:
             raise ValueError(f"{name} {value}: expected an integer of at least {least}, for both axes")
-    sizes = stride, padding, dilation
+    sizes, readers = (stride, padding, dilation), _norm.check_readers(return_x)
     impl = _auto.choose("conv2d", impl, [x], [weight], fused=True)
     if _impl.resolve_impl("conv2d", impl, x) == "reference":
         y = reference.conv2d(_norm_conv.normalised(x, norm, act), weight, bias, *sizes)
-        return (y, given) if return_x else y
+        return (y, *[given] * readers) if readers else y
     code = _norm.ACTIVATIONS.index(act)
-    y, passed = ops.NormConv2d.apply(x, weight, bias, _norm.config(norm), code, sizes, *_norm.tensors(norm))
-    return (y, _norm.shared(given, x, passed)) if return_x else y
+    y, *passed = ops.NormConv2d.apply(x, weight, bias, _norm.config(norm), code, sizes, readers, *_norm.tensors(norm))
+    return (y, *_norm.shared(given, x, passed)) if readers else y

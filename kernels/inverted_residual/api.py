@@ -34,7 +34,7 @@ def inverted_residual(
     upsample: int = 1,
     memory: str = "balanced",
     defer: bool = False,
-    return_x: bool = False,
+    return_x: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor | None, ...]:
     """[nearest x2] -> BN -> 1x1 -> BN + Swish -> depthwise k x k -> BN + Swish -> 1x1 -> BN, without biases.
@@ -51,8 +51,9 @@ def inverted_residual(
             reference keeps what autograd keeps, about 40.
         defer: return (t, bn) with the last normalisation still to be applied, as `se_residual(bn=...)` does; bn is None where t
             is y already (the reference).
-        return_x: return x as well, as the last: (y, x) or (t, bn, x), where it is to be read by others too (a skip connection).
-            The gradient that comes back to it is added in the last pass of this backward, which saves autograd's addition.
+        return_x: how many others read x too (a skip connection, a latent group), 2 at most: return x as well, for each of them
+            one, as the last: (y, x) or (t, bn, x). The gradients that come back to them are added in the last pass of this
+            backward, which saves autograd's additions.
         impl: "auto", "reference", "cpu" (float32, bfloat16, k up to 11), "triton" (CUDA; float16 too) or "cuda" (the depthwise
             stage in CUDA C++, k up to 27, the others in Triton). The reference alone can be differentiated twice.
 
@@ -64,7 +65,7 @@ def inverted_residual(
     """
     weights = {"expand": expand, "depthwise": depthwise, "project": project}
     _check(x, weights, norms, stride, upsample, memory)
-    given = x
+    given, readers = x, _norm.check_readers(return_x)
     x, expand, depthwise, project = _norm.autocast(x, *weights.values())
     for name, t in zip(weights, (expand, depthwise, project), strict=True):
         if t.dtype != x.dtype or t.device != x.device:
@@ -75,17 +76,17 @@ def inverted_residual(
     impl = _impl.resolve_impl("inverted_residual", impl, x, depthwise)
     if impl == "reference":
         y = reference.inverted_residual(x, expand, depthwise, project, norms, stride=stride, upsample=upsample)
-        return outputs(y, None, given, defer, return_x)
+        return outputs(y, None, [given] * readers, defer)
     parts = [t for norm in norms for t in _norm.tensors(norm)]
     configs = tuple(_norm.config(norm, copies) for norm, copies in zip(norms, (upsample**2, upsample**2, 1, 1), strict=True))
-    settings = configs, stride, upsample, memory == "low", impl
-    t3, bn3, passed = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
-    return outputs(t3 if defer else ApplyNorm.apply(t3, bn3), bn3, _norm.shared(given, x, passed), defer, return_x)
+    settings = configs, stride, upsample, memory == "low", impl, readers
+    t3, bn3, *passed = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
+    return outputs(t3 if defer else ApplyNorm.apply(t3, bn3), bn3, _norm.shared(given, x, passed), defer)
 
 
-def outputs(y: Tensor, bn: Tensor | None, x: Tensor, defer: bool, return_x: bool) -> Any:
-    """Of the three, what the caller wants."""
-    found = (y, *((bn,) if defer else ()), *((x,) if return_x else ()))
+def outputs(y: Tensor, bn: Tensor | None, passed: Sequence[Tensor], defer: bool) -> Any:
+    """y, bn if the caller wants to `defer` it, and x as it was handed on."""
+    found = (y, *((bn,) if defer else ()), *passed)
     return found if len(found) > 1 else y
 
 

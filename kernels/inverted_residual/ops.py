@@ -39,8 +39,8 @@ def cuda_can_run(tensors: Sequence[Tensor]) -> str | None:
 
 
 class InvertedResidual(torch.autograd.Function):
-    """Returns (t3, bn3, x), with the running statistics moved. bn3's gradient rows are those of `bn_act.ops.ApplyNorm`; x is an
-    output for what else reads it: that gradient then comes here, and is added in the last pass.
+    """Returns (t3, bn3, *`readers` times x), with the running statistics moved. bn3's gradient rows are those of
+    `bn_act.ops.ApplyNorm`; x is an output for what else reads it: those gradients then come here, added in the last pass.
 
     Keeps x, t1, t2, t3, or with `low` x and t3: t1 and t2 are then computed again, from the statistics of the forward.
     """
@@ -57,6 +57,7 @@ class InvertedResidual(torch.autograd.Function):
         upsample: int,
         low: bool,
         impl: str,
+        readers: int,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
         raw, depthwise_conv_fwd, _ = _raw_ops(impl)
@@ -79,13 +80,14 @@ class InvertedResidual(torch.autograd.Function):
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
         ctx.settings = configs, stride, upsample, (n0, n1, n2, n3), impl
         ctx.set_materialize_grads(False)
-        return t3, bn3, x.view_as(x)
+        return t3, bn3, *[x.view_as(x) for _ in range(readers)]
 
     @staticmethod
     @first_order("inverted_residual")
-    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, also: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        also = _norm.others(others)
         if dt3 is None and dbn3 is None:
-            return also, *(None for _ in ctx.needs_input_grad[1:])
+            return _norm.total(also), *(None for _ in ctx.needs_input_grad[1:])
         x, t1, t2, t3, expand, depthwise, project, bn0, bn1, bn2, bn3 = ctx.saved_tensors
         configs, stride, upsample, counts, impl = ctx.settings
         raw, depthwise_conv_fwd, depthwise_conv_bwd = _raw_ops(impl)
@@ -93,7 +95,7 @@ class InvertedResidual(torch.autograd.Function):
         if t1 is None:
             t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
             t2 = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
-        wanted = [ctx.needs_input_grad[9:][i : i + PARTS] for i in range(0, 4 * PARTS, PARTS)]
+        wanted = [ctx.needs_input_grad[10:][i : i + PARTS] for i in range(0, 4 * PARTS, PARTS)]
 
         def gradients(i: int, table: Tensor, bn: Tensor) -> tuple[Tensor, _norm.Parts]:
             return _norm.gradients(table, bn, counts[i], configs[i], wanted[i])
@@ -111,8 +113,8 @@ class InvertedResidual(torch.autograd.Function):
         c, parts1 = gradients(1, table, bn1)
         du, dexpand, table = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
         c, parts0 = gradients(0, table, bn0)
-        raw.bn_act_affine_(du, x, c, also)
-        return du, dexpand, ddepthwise, dproject, *(None,) * 5, *parts0, *parts1, *parts2, *parts3
+        raw.bn_act_affine_(du, x, c, *also)
+        return du, dexpand, ddepthwise, dproject, *(None,) * 6, *parts0, *parts1, *parts2, *parts3
 
 
 def _raw_ops(impl: str) -> tuple[Any, Any, Any]:

@@ -80,9 +80,9 @@ def store_densities(out_ptr, log_q_ptr, ROWS, row, there, log_p, log_q):
 
 @triton.jit
 def residual_normal_log_prob_bwd_kernel(
-    dlog_p_ptr, dkl_ptr, z_ptr, mu_p_ptr, log_sigma_p_ptr, dz_ptr, dmu_p_ptr, dlog_sigma_p_ptr, Z, P, TASKS, log_p_b, log_p_z,
-    kl_b, kl_z, z_b, z_z, z_p, in_b, in_z, in_p, dz_b, dz_z, dz_p, out_b, out_z, out_p, WIDE: tl.constexpr, G: tl.constexpr,
-    STEP: tl.constexpr, BLOCK: tl.constexpr
+    dlog_p_ptr, dkl_ptr, also_ptr, z_ptr, mu_p_ptr, log_sigma_p_ptr, dz_ptr, dmu_p_ptr, dlog_sigma_p_ptr, Z, P, TASKS,
+    log_p_b, log_p_z, kl_b, kl_z, also_b, also_z, also_p, z_b, z_z, z_p, in_b, in_z, in_p, dz_b, dz_z, dz_p, out_b, out_z,
+    out_p, WIDE: tl.constexpr, G: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One step of one image."""
     task, b, z, pixel, used = columns(Z, TASKS, WIDE, G, STEP, BLOCK)
@@ -96,7 +96,10 @@ def residual_normal_log_prob_bwd_kernel(
     v = tl.div_rn(load(z_ptr + b * z_b, z * z_z + p * z_p, inside) - mean, sigma)
     g = load_sum(dlog_p_ptr, b, z, log_p_b, log_p_z, used) - load_sum(dkl_ptr, b, z, kl_b, kl_z, used)
     g = g * inverse
-    store(dz_ptr + b * dz_b, z * dz_z + p * dz_p, -g * v, inside)
+    dz = -g * v
+    if also_ptr is not None:
+        dz += load(also_ptr + b * also_b, z * also_z + p * also_p, inside)
+    store(dz_ptr + b * dz_b, z * dz_z + p * dz_p, dz, inside)
     if mu_p_ptr is not None:
         out = z * out_z + p * out_p
         store(dmu_p_ptr + b * out_b, out, g * v * by_mu, inside)
@@ -119,10 +122,10 @@ def normal_log_prob_fwd(z: Tensor, mu: Tensor | None, log_sigma: Tensor | None, 
     return list(found.out)
 
 
-def normal_log_prob_bwd(dlog_p: Tensor | None, dkl: Tensor | None, z: Tensor, mu: Tensor | None, log_sigma: Tensor | None,
-                        joined: bool) -> list[Tensor]:  # fmt: skip
+def normal_log_prob_bwd(dlog_p: Tensor | None, dkl: Tensor | None, dz: Tensor | None, z: Tensor, mu: Tensor | None,
+                        log_sigma: Tensor | None, joined: bool) -> list[Tensor]:  # fmt: skip
     prior, from_ = _prior(z, mu, log_sigma), checked("z", z, z, z.dtype)
-    of_sums = [sums("dlog_p", dlog_p, z), sums("dkl", dkl, z)]
+    of_sums, also = [sums("dlog_p", dlog_p, z), sums("dkl", dkl, z)], None if dz is None else checked("dz", dz, z, z.dtype)
     found = [torch.empty_like(z), *empty_pairs([(mu, log_sigma)], joined)]
     if not z.numel():
         return found
@@ -132,10 +135,10 @@ def normal_log_prob_bwd(dlog_p: Tensor | None, dkl: Tensor | None, z: Tensor, mu
         out[2] = torch.empty_like(out[1])
     tile = Tile(from_)
     residual_normal_log_prob_bwd_kernel[(tile.images * tile.steps,)](
-        *(*of_sums, from_, *prior, *out, *[None] * (3 - len(out)), z.shape[1], tile.pixels, tile.steps),
+        *(*of_sums, also, from_, *prior, *out, *[None] * (3 - len(out)), z.shape[1], tile.pixels, tile.steps),
         *(n for t in of_sums for n in line(t, 2)),
-        *(*line(from_), *line(prior[0]), *line(out[0]), *line(out[1] if len(out) == 3 else None)),
-        **tile.constants(from_, *prior, *out),
+        *(*line(also), *line(from_), *line(prior[0]), *line(out[0]), *line(out[1] if len(out) == 3 else None)),
+        **tile.constants(also, from_, *prior, *out),
     )
     for t, done in zip(grads, out, strict=True):
         if t is not done:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _check, _impl, _triton
+from nvae_fast.kernels import _check, _impl, _norm, _triton
 from nvae_fast.kernels.residual_normal import ops, reference
 from nvae_fast.kernels.residual_normal.reference import ResidualNormalOutput
 
@@ -117,8 +117,9 @@ def _moved(z: Tensor, log_q: Tensor, prior: Sequence[Tensor], impl: str) -> Resi
         log_p = reference.normal_log_prob(z, *halves)
         return ResidualNormalOutput(z, log_q - log_p, log_q, log_p)
     dtype = torch.promote_types(z.dtype, prior[0].dtype) if prior else z.dtype
-    log_p, kl = ops.NormalLogProb.apply(*_of_type([z], dtype), log_q, True, *_of_type(prior, dtype))
-    return ResidualNormalOutput(z, kl, log_q, log_p)
+    read = z if z.dtype == dtype else z.to(dtype)
+    log_p, kl, passed = ops.NormalLogProb.apply(read, log_q, True, *_of_type(prior, dtype))
+    return ResidualNormalOutput(*_norm.shared(z, read, [passed]), kl, log_q, log_p)
 
 
 @_check.typed

@@ -20,7 +20,9 @@ _DENSITY = "Tensor z, Tensor? mu, Tensor? log_sigma"
 torch.library.define("nvae_fast::residual_normal_fwd", f"({_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define("nvae_fast::residual_normal_bwd", f"({_GRADIENTS}, {_PARAMETERS}, bool joined) -> Tensor[]")
 torch.library.define("nvae_fast::normal_log_prob_fwd", f"({_DENSITY}, Tensor? log_q) -> Tensor[]")
-torch.library.define("nvae_fast::normal_log_prob_bwd", f"(Tensor? dlog_p, Tensor? dkl, {_DENSITY}, bool joined) -> Tensor[]")
+torch.library.define(
+    "nvae_fast::normal_log_prob_bwd", f"(Tensor? dlog_p, Tensor? dkl, Tensor? dz, {_DENSITY}, bool joined) -> Tensor[]"
+)
 torch.library.define("nvae_fast::normal_sample_fwd", "(Tensor mu, Tensor log_sigma, Tensor noise, float temperature) -> Tensor")
 
 _triton.register(
@@ -102,7 +104,13 @@ def _log_prob_shapes(z: Tensor, mu: Tensor | None, log_sigma: Tensor | None, log
 
 @torch.library.register_fake("nvae_fast::normal_log_prob_bwd")
 def _log_prob_backward_shapes(
-    dlog_p: Tensor | None, dkl: Tensor | None, z: Tensor, mu: Tensor | None, log_sigma: Tensor | None, joined: bool
+    dlog_p: Tensor | None,
+    dkl: Tensor | None,
+    dz: Tensor | None,
+    z: Tensor,
+    mu: Tensor | None,
+    log_sigma: Tensor | None,
+    joined: bool,
 ) -> list[Tensor]:
     return [torch.empty_like(z), *empty_pairs([(mu, log_sigma)], joined)]
 
@@ -155,7 +163,8 @@ class ResidualNormal(torch.autograd.Function):
 
 
 class NormalLogProb(torch.autograd.Function):
-    """log p and, given log q, log q - log p. Keeps z and the parameters."""
+    """log p and, given log q, log q - log p and z, an output for what else reads it: that gradient then comes here, added in
+    the one pass. Keeps z and the parameters."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -164,12 +173,15 @@ class NormalLogProb(torch.autograd.Function):
         ctx.save_for_backward(z, *parameters)
         ctx.joined = joined
         ctx.set_materialize_grads(False)
-        return tuple(torch.ops.nvae_fast.normal_log_prob_fwd(z, *_four(parameters, joined)[:2], log_q))
+        found = torch.ops.nvae_fast.normal_log_prob_fwd(z, *_four(parameters, joined)[:2], log_q)
+        return tuple(found) if log_q is None else (*found, z.view_as(z))
 
     @staticmethod
     @first_order("normal_log_prob")
-    def backward(ctx: Any, dlog_p: Tensor | None, dkl: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dlog_p: Tensor | None, dkl: Tensor | None = None, also: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         z, *parameters = ctx.saved_tensors
         halves = _four(parameters, ctx.joined)[:2]
-        dz, *found = torch.ops.nvae_fast.normal_log_prob_bwd(dlog_p, dkl, z, *halves, ctx.joined)
+        dz, *found = torch.ops.nvae_fast.normal_log_prob_bwd(dlog_p, dkl, also, z, *halves, ctx.joined)
         return dz, dkl, None, *found

@@ -50,16 +50,16 @@ class InvertedResidual(nn.Module):
         self.project = nn.Conv2d(hidden, out_channels, 1, bias=False)
         self.bn_out = BatchNormAct2d(out_channels, act="identity", **bn)
 
-    def forward(self, x: Tensor, stats: Tensor | None = None, **options: bool) -> Any:
+    def forward(self, x: Tensor, stats: Tensor | None = None, **options: int) -> Any:
         return self.branch(x, stats, defer=False, **options)
 
-    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True, return_x: bool = False) -> Any:
+    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True, return_x: int = 0) -> Any:
         """(t, bn): the output with its last normalisation still to be done by `functional.se_residual(bn=...)`,
         or (y, None). `stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: and x behind
-        them, as `functional.inverted_residual` returns it."""
+        them, as often as `functional.inverted_residual` returns it."""
         if self.depthwise.groups != self.depthwise.in_channels:
             y = self._grouped(x, stats)
-            return outputs(y, None, x, defer, return_x)
+            return outputs(y, None, [x] * return_x, defer)
         norms = [bn.norm for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
         norms[0] = norms[0]._replace(stats=stats)
         return F.inverted_residual(

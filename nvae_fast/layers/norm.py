@@ -47,7 +47,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             self.training or mean is None, self.momentum, self.eps, group,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, stats: Tensor | None = None, **options: bool) -> Any:
+    def forward(self, x: Tensor, stats: Tensor | None = None, **options: int) -> Any:
         """`stats`: mean and variance [2, C] of x where the op before has returned them; `options`: `return_x` of
         `functional.bn_act`."""
         self._check_input_dim(x)

@@ -41,16 +41,18 @@ def run(modules: list[nn.Module], *, chained: bool) -> dict[str, Tensor]:
     x, z = (t.contiguous(memory_format=torch.channels_last) for t in (x, z[:, :3]))
     x.requires_grad_()
 
-    def combine(module: nn.Module, h: Tensor) -> Tensor:
-        return module(h, z) if isinstance(module, DecoderCombiner) else h
-
+    seen: list[Tensor] = []
     if chained:
-        h = run_cells(modules, x, combine)
+        h = run_cells(modules, x, lambda module, h: module(h, z), seen.append)
     else:
         h = x
         for module in modules:
-            h = module(h) if isinstance(module, Cell) else combine(module, h)
-    (h * torch.linspace(-1, 1, h.numel()).view_as(h)).sum().backward()
+            if isinstance(module, EncoderCombiner):
+                seen.append(h)
+            else:
+                h = module(h, z) if isinstance(module, DecoderCombiner) else module(h)
+    assert [t.shape for t in seen] == [(2, 16, 4, 4)]
+    sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in (h, *seen)).backward()
     found = nn.ModuleList(modules)
     grads = {name: p.grad for name, p in found.named_parameters() if p.grad is not None}
     return {"y": h.detach(), "dx": x.grad} | grads | dict(found.named_buffers())
@@ -77,23 +79,39 @@ def test_a_cell_behind_a_cell_takes_no_statistics_of_what_it_reads(ops):
     assert counts[0] - counts[1] == 3
 
 
+def adding_apart(op: nn.Module) -> None:
+    """From now on the op hands on the x that it was given, so that autograd adds what comes back."""
+    name = "branch" if hasattr(op, "branch") else "forward"
+    original = getattr(op, name)
+
+    def changed(x: Tensor, stats: Tensor | None = None, *, return_x: int = 0) -> tuple[Tensor, ...]:
+        found = original(x, stats)
+        return (*(found if isinstance(found, tuple) else (found,)), *[x] * return_x)
+
+    setattr(op, name, changed)
+
+
 @needs_native
 @pytest.mark.parametrize("memory", ["fast", "balanced", "low"])
+@pytest.mark.parametrize("which", [0, 2, 4], ids=["same size", "half", "double"])
 @pytest.mark.parametrize("ops", ["residual", "branch"])
-def test_the_two_gradients_of_what_a_cell_reads_are_added_by_no_pass_of_their_own(ops, memory):
-    cell = tower(OPS[ops])[0].train()
+def test_the_gradients_of_what_a_cell_reads_are_added_by_no_pass_of_their_own(ops, which, memory):
+    cell = tower(OPS[ops])[which].train()
     for op in cell.ops:
         op.memory = memory
     g = torch.Generator().manual_seed(1)
-    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 2, 8, 8, 8, generator=g))
-    x.requires_grad_()
-    found, counts = [], []
-    for skip in (cell.skip, nn.Sequential()):  # the latter hands x on as well, but is not known to
-        cell.skip = skip
-        y = cell(x)
-        with Calls("add") as calls:
-            found.append([y, *torch.autograd.grad(y, [x, *cell.parameters()], dy)])
-        counts.append(calls.count)
-    assert counts[1] - counts[0] == 1
-    for ours, autograds in zip(*found, strict=True):
-        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 16 if which == 4 else 8, 8, 8, generator=g).contiguous(memory_format=torch.channels_last)
+    for another in (False, True):
+        found, counts = [], []
+        for change in (lambda op: None, adding_apart):
+            module, leaf = copy.deepcopy(cell), x.clone(memory_format=torch.preserve_format).requires_grad_()
+            change(module.ops[0])
+            y, *handed = module(leaf, return_x=True) if another else (module(leaf),)
+            dy, *others = (torch.randn(t.shape, generator=torch.Generator().manual_seed(2)) for t in (y, *handed))
+            with Calls("add") as calls:
+                grads = torch.autograd.grad([y, *handed], [leaf, *module.parameters()], [dy, *others])
+            found.append([y, *handed, *grads])
+            counts.append(calls.count)
+        assert counts[1] - counts[0] == 1 + another
+        for ours, autograds in zip(*found, strict=True):
+            torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)

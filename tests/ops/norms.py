@@ -190,6 +190,10 @@ JOINS = {  # of what a branch made of x with x itself: the gradient that comes b
     "beside": lambda y, x: torch.cat((y, x.to(y.dtype)), 1),
     "x alone": lambda y, x: x + 0 * y.detach().to(x.dtype),
     "y alone": lambda y, x: y,
+    "twice": lambda y, x, x2: y + x.to(y.dtype) - 2 * x2.to(y.dtype),
+    "beside twice": lambda y, x, x2: torch.cat((x2.to(y.dtype), y, x.to(y.dtype)), 1),
+    "second": lambda y, x, x2: y + x2.to(y.dtype),
+    "both alone": lambda y, x, x2: x - 2 * x2 + 0 * y.detach().to(x.dtype),
 }
 
 
@@ -197,8 +201,9 @@ def skipping(op, join="added", passed=True, **options):
     """Calls op(t, n, impl) and joins with x, `passed` through the op or read by both."""
 
     def call(t, n, impl):
-        y, x = op(t, n, impl, return_x=True, **options) if passed else (op(t, n, impl, **options), t[0])
-        return JOINS[join](y, x)
+        readers = JOINS[join].__code__.co_argcount - 1
+        y, *xs = op(t, n, impl, return_x=readers, **options) if passed else (op(t, n, impl, **options), *[t[0]] * readers)
+        return JOINS[join](y, *xs)
 
     return call
 

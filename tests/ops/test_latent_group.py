@@ -115,8 +115,8 @@ def test_opcheck(layout, given):
     ops = torch.ops.nvae_fast
     torch.library.opcheck(ops.normal_log_prob_fwd, (z, *prior, None))
     torch.library.opcheck(ops.normal_log_prob_fwd, (z, *prior, sums))
-    torch.library.opcheck(ops.normal_log_prob_bwd, (sums, None, z, *prior, False))
-    torch.library.opcheck(ops.normal_log_prob_bwd, (None, sums, z, *prior, True))
+    torch.library.opcheck(ops.normal_log_prob_bwd, (sums, None, None, z, *prior, False))
+    torch.library.opcheck(ops.normal_log_prob_bwd, (None, sums, z, z, *prior, True))
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])

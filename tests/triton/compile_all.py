@@ -24,7 +24,7 @@ MODULES += "se_residual.triton", "residual_normal.triton", "residual_normal._log
 MODULES += "logistic_mixture.triton", "logistic_mixture._sample"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {
-    f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip", "also")
+    f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip", "also", "also2")
 }  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d", "also_")}
 STORED |= {"h1_ptr"}
@@ -91,8 +91,8 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
 ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 then, which Triton makes constants
     "bn_act_coefficients_kernel": [("weight_ptr", "offset_ptr"), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
-    "bn_act_bwd_kernel": [("also_ptr",)],
-    "bn_act_affine_kernel": [("also_ptr",)],
+    "bn_act_bwd_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
+    "bn_act_affine_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
     "depthwise_conv_fwd_kernel": [("parts_ptr",)],
     "depthwise_conv_dweight_kernel": [("y_ptr", "c_ptr", "g_ptr")],
     "depthwise_conv_du_kernel": [("x_ptr", "bn_ptr", "parts_ptr")],
@@ -112,7 +112,11 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "residual_normal_fwd_kernel": [PRIOR, JOIN],
     "residual_normal_bwd_kernel": [(*PRIOR, *ALSO, "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), (*SUMS, *ALSO), ALSO],
     "residual_normal_log_prob_fwd_kernel": [PRIOR, JOIN, (*PRIOR, *JOIN, "log_q_ptr")],
-    "residual_normal_log_prob_bwd_kernel": [(*PRIOR, "dmu_p_ptr", "dlog_sigma_p_ptr"), ("dkl_ptr",), ("dlog_p_ptr",)],
+    "residual_normal_log_prob_bwd_kernel": [
+        (*PRIOR, "dmu_p_ptr", "dlog_sigma_p_ptr"),
+        ("dkl_ptr", "also_ptr"),
+        ("dlog_p_ptr",),
+    ],
     "adamax_sizes_kernel": [("take_ptr",)],
     "adamax_step_kernel": [("ema_ptr",), ("ema_ptr", "factor_ptr")],
 }

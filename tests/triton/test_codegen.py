@@ -92,7 +92,7 @@ def test_planes_are_read_and_written_four_values_at_a_time(rows):
     assert len(planes) == 32
     least = {  # images that it reads and writes, beside noise in float32
         "residual_normal_fwd": (4, 1), "residual_normal_bwd": (4, 4), "residual_normal_log_prob_fwd": (3, 0),
-        "residual_normal_log_prob_bwd": (3, 3), "logistic_mixture_fwd": (4, 0), "logistic_mixture_bwd": (4, 4),
+        "residual_normal_log_prob_bwd": (4, 3), "logistic_mixture_fwd": (4, 0), "logistic_mixture_bwd": (4, 4),
         "residual_normal_sample": (2, 1), "logistic_mixture_sample": (0, 0),  # a pixel to a lane
     }  # fmt: skip
     for row in planes:

@@ -56,7 +56,9 @@ def test_the_deferred_normalisation_is_done_by_se_residual(check, gate, memory):
     check(pair, [*tensors, skip, *(rest if gate else [])], norms, FLOAT, 5)
 
 
-@pytest.mark.parametrize(("join", "memory", "dtype"), [("added", "low", FLOAT), ("beside", "balanced", HALF)])
+@pytest.mark.parametrize(
+    ("join", "memory", "dtype"), [("added", "low", FLOAT), ("beside", "balanced", HALF), ("twice", "balanced", FLOAT)]
+)
 def test_x_passed_through(check, join, memory, dtype):
     check(skipping(branch, join, memory=memory), *arguments(2, 7, 18, 7, 4, 5, 3), dtype, 4)
 
@@ -130,7 +132,7 @@ def test_launches_of_a_cell(launches, memory):
     norms = [n._replace(weight=leaf(n.weight), bias=leaf(n.bias)) for n in norms]
     leaves = [leaf(t) for t in (*tensors, *se_tensors(2, 4, 4, 4)[2:])]
     with launches() as forward:
-        t, bn, skip = branch(leaves[:4], norms, "triton", memory=memory, defer=True, return_x=True)
+        t, bn, skip = branch(leaves[:4], norms, "triton", memory=memory, defer=True, return_x=1)
         y = F.se_residual(skip, t, *leaves[4:], bn=bn, impl="triton")
     dy, wanted = tensor(*y.shape, seed=5), [*leaves, *(p for n in norms for p in n[:2])]
     with launches() as backward:
