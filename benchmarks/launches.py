@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae_fast import kernels
+from nvae_fast import model as model_module
 from nvae_fast.benchmarks.plain import plain
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import RunError
@@ -96,6 +97,7 @@ class Launches(TorchDispatchMode):
             patch.object(_impl, "_ops", ops),
             patch.object(_auto, "choose", lambda op, impl, *rest, **options: impl),
             patch.object(_lists, "upload", upload),
+            patch.object(model_module, "drawn_at_once", lambda device: True),
             patch.object(KernelInterface, "__getitem__", counted),
             self,
         ):

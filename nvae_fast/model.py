@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import NamedTuple
@@ -31,6 +32,11 @@ class NVAEOutput(NamedTuple):
     kl_diag: Tensor  # [N, Z] KL of each channel, summed over space, averaged over the batch
     log_q: Tensor  # [B] log density of the drawn latents under the posterior
     log_p: Tensor  # [B] and under the prior
+
+
+def drawn_at_once(device: torch.device) -> bool:
+    """Whether the noise of all groups is drawn in one launch: where launches cost."""
+    return device.type == "cuda"
 
 
 class NVAE(ModelFiles, nn.Module):
@@ -114,7 +120,8 @@ class NVAE(ModelFiles, nn.Module):
     # ---- passes ----------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> NVAEOutput:
-        """Encode and decode a batch. `noise`: one standard-normal tensor [B, Z, h, w] per group, top-down (None: drawn)."""
+        """Encode and decode a batch. `noise`: one standard-normal tensor [B, Z, h, w] per group, top-down (None: drawn; on CUDA
+        for all groups at once, so that a seed means other numbers there than on the CPU)."""
         with shared_effective_weights(self.convolutions()):
             return self.decode_posterior(self.bottom_up(x), noise)
 
@@ -129,7 +136,7 @@ class NVAE(ModelFiles, nn.Module):
     def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None,
                          latents: list[Tensor] | None = None) -> NVAEOutput:  # fmt: skip
         """The top-down pass, every latent drawn from its posterior (and added to `latents`), from `bottom_up`'s features."""
-        noise = self._check_noise(noise, features[0].shape[0])
+        noise = self._noise(noise, features[0].shape[0])
         combiners = [m for m in reversed(self.enc_tower) if isinstance(m, EncoderCombiner)]
         kl, log_q, log_p = [], [], []
 
@@ -154,12 +161,13 @@ class NVAE(ModelFiles, nn.Module):
 
     def sample(self, n: int, temperature: float | Sequence[float] = 1.0, noise: Sequence[Tensor] | None = None,
                generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-        """Logits [n, O, H, W] of n draws from the prior; `temperature` scales every sigma (a number, or one per group)."""
+        """Logits [n, O, H, W] of n draws from the prior; `temperature` scales every sigma (a number, or one per group).
+        `noise` as in `forward`, drawn with `generator`."""
         groups = len(self.config.latent_shapes)
         temperatures = [float(temperature)] * groups if isinstance(temperature, (int, float)) else list(temperature)
         if len(temperatures) != groups or min(temperatures) < 0:
             raise InputError(f"temperature={temperature} must be a number >= 0, or one per group ({groups} of them)")
-        noise = self._check_noise(noise, n)
+        noise = self._noise(noise, n, generator)
 
         def prior(i: int, h: Tensor | None) -> Tensor:
             if i == 0:
@@ -173,7 +181,7 @@ class NVAE(ModelFiles, nn.Module):
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Logits [B, O, H, W] for given latents [B, Z, h, w], one per group, top-down."""
-        latents = self._check_noise(latents, latents[0].shape[0])
+        self._check_noise(latents, latents[0].shape[0])
         with shared_effective_weights(self.convolutions()):
             return self._top_down(lambda i, h: latents[i], latents[0].shape[0])
 
@@ -262,11 +270,27 @@ class NVAE(ModelFiles, nn.Module):
         if not x.is_floating_point():
             raise InputError(f"images of type {x.dtype}: expected floats in [0, 1]; divide integers by 255")
 
-    def _check_noise(self, noise: Sequence[Tensor] | None, batch: int) -> Sequence[Tensor | None]:
-        shapes = [(batch, *shape) for shape in self.config.latent_shapes]
-        if noise is None:
+    def _noise(
+        self, noise: Sequence[Tensor] | None, batch: int, generator: torch.Generator | None = None
+    ) -> Sequence[Tensor | None]:
+        """That of every group, None where the group draws its own: on the CPU, whose numbers for a seed stand. On CUDA one draw
+        is cut up, a launch instead of one for each group; channels-last, as the latents are, and each on 16 bytes."""
+        if noise is not None:
+            self._check_noise(noise, batch)
+            return noise
+        shapes, like = self.config.latent_shapes, self.prior_ftr0
+        if not drawn_at_once(like.device):
             return [None] * len(shapes)
+        sizes = [-(-batch * math.prod(shape) // 4) * 4 for shape in shapes]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        drawn = torch.randn(sum(sizes), generator=generator, dtype=dtype, device=like.device).split(sizes)
+        return [
+            flat[: batch * z * h * w].view(batch, h, w, z).permute(0, 3, 1, 2)
+            for flat, (z, h, w) in zip(drawn, shapes, strict=True)
+        ]
+
+    def _check_noise(self, noise: Sequence[Tensor], batch: int) -> None:
+        shapes = [(batch, *shape) for shape in self.config.latent_shapes]
         given = [tuple(t.shape) for t in noise]
         if given != shapes:
             raise InputError(f"{len(given)} noise or latent tensors of shapes {given}: expected one per group, {shapes}")
-        return noise

@@ -80,7 +80,7 @@ def test_the_count_of_a_small_preset():
     assert ours["adamax_step_kernel"] == ours["adamax_squares_kernel"] == ours["weight_norm_fwd_kernel"] == 1
     assert ours["logistic_mixture_fwd_kernel"] == 0 and ours["residual_normal_fwd_kernel"] == len(SMALL.latent_shapes)
     assert not any(name.startswith(("adamax", "pointwise", "power_iteration", "weight_norm")) for name in plain)
-    assert ours.total() <= 347 and plain.total() >= 5 * ours.total()  # no step back: lower it with every launch that goes
+    assert ours.total() <= 346 and plain.total() >= 5 * ours.total()  # no step back: lower it with every launch that goes
 
 
 def test_the_count_of_samples():
@@ -93,7 +93,7 @@ def test_the_count_of_samples():
     counts = {f"{name}_kernel": cells for name in ("bn_act_fwd", "depthwise_conv_fwd", "se_residual_gate", "se_residual_fwd")}
     counts |= {"pointwise_conv_fwd_kernel": 2 * cells, "residual_normal_sample_kernel": len(SMALL.latent_shapes)}
     assert kernels == counts and not ours[UPLOAD]
-    assert ours["torch.clone"] <= 2 and ours.total() <= 33 and plain.total() >= 8 * ours.total()
+    assert ours["torch.clone"] <= 2 and ours.total() <= 32 and plain.total() >= 8 * ours.total()
 
 
 def test_launches_of_operations_of_torch():
