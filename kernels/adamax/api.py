@@ -76,7 +76,7 @@ class Arena:
 
     def _place(self, flat: Tensor, i: int) -> Tensor:
         """The part of a buffer that is parameter i's."""
-        return _place(flat, self._begins[i], self.params[i].shape, self.params[i].stride())
+        return placed(flat, self._begins[i], self.params[i].shape, self.params[i].stride())
 
     @torch.no_grad()
     def _begin(self, i: int) -> None:
@@ -91,7 +91,7 @@ class Arena:
                         "load the state of the same model"
                     )
                 place.copy_(state[name])
-        places["step"] = _place(self.steps, i, (), ())
+        places["step"] = placed(self.steps, i, (), ())
         if "step" in state:
             places["step"].copy_(torch.as_tensor(state["step"]))
         state.update(places)
@@ -215,7 +215,7 @@ class Arena:
         return True
 
 
-def _place(flat: Tensor, begin: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+def placed(flat: Tensor, begin: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """A part of a buffer. It has a storage of its own, so that saving it does not save the whole buffer; without native code it
     is a view."""
     if _impl.load_native()[0] is None:

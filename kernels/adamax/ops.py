@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from nvae_fast.kernels._impl import native_predicate
 
@@ -24,5 +27,11 @@ torch.library.define(
     "Tensor active, Tensor lr, Tensor? factor, Tensor? take, float beta1, float beta2, float eps, float weight_decay, "
     "bool maximize, float ema_decay) -> ()",
 )
+
+
+@torch.library.register_fake("nvae_fast::adamax_place")
+def _place_shape(flat: Tensor, begin: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return flat.new_empty_strided(size, stride)
+
 
 cpu_can_run = native_predicate("cpu", torch.float32)

@@ -16,6 +16,7 @@ from nvae_fast.model import NVAE
 from nvae_fast.optim import FusedAdamax
 from nvae_fast.regularization import SpectralState
 from nvae_fast.training.graph import StepGraph, graph_obstacle
+from nvae_fast.training.packed import Packed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = "recon", "kl", "kl_all"  # terms with an axis of images, the last one
@@ -72,12 +73,13 @@ class TrainingStep:
         device = next(model.parameters()).device
         self.skipped, self.skipped_in_a_row, self._grown = torch.zeros(3, dtype=torch.int64, device=device).unbind()
         self.scale = torch.tensor(FIRST_SCALE, device=device) if precision == "fp16" else None
-        self._statistics = [b for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
+        norms = [m for m in model.modules() if isinstance(m, _NormBase)]
+        self._statistics = Packed(lambda: [b for m in norms for b in m._buffers.values() if b is not None])
         self._graph = None
         if graph:
             obstacle = graph_obstacle(device)
             if obstacle is None:
-                self._graph = StepGraph(self._run, device, optimizer.packed)
+                self._graph = StepGraph(self._run, device, lambda: optimizer.packed() and self._statistics.intact())
             else:
                 print(f"nvae-fast: the step runs without a CUDA graph: {obstacle}", file=sys.stderr)
 
@@ -169,7 +171,7 @@ class TrainingStep:
     def _keep(self) -> list[tuple[list[Tensor], Tensor]]:
         """What a forward pass changes, in one copy for each type of number."""
         kinds: dict[torch.dtype, list[Tensor]] = {}
-        for t in (*self._statistics, *(self.spectral.state_dict().values() if self.spectral.warm else ())):
+        for t in (*self._statistics.buffers(), *(self.spectral.state_dict().values() if self.spectral.warm else ())):
             kinds.setdefault(t.dtype, []).append(t)
         return [(same, torch.cat([t.flatten() for t in same])) for same in kinds.values()]
 
