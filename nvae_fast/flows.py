@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
@@ -23,8 +25,7 @@ class AutoregressiveShift(nn.Module):
         self.conv_out = MaskedConv2d(hidden, z, 1, bias=True, mirror=mirror, log_norm_shift=LOG_TENTH)
 
     def forward(self, z: Tensor) -> Tensor:
-        weights = [conv.effective_weight() for conv in (self.conv_in, self.depthwise, self.conv_out)]
-        return F.flow_cell(z, *weights, self.conv_out.bias)
+        return _shifted(z, [self])
 
 
 class FlowCell(nn.Module):
@@ -36,4 +37,14 @@ class FlowCell(nn.Module):
         self.cell2 = AutoregressiveShift(latent_channels, mirror=True)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.cell2(self.cell1(z))
+        return run_flow([self], z)
+
+
+def run_flow(cells: Iterable[FlowCell], z: Tensor) -> Tensor:
+    """z moved by one cell after another, in one op."""
+    return _shifted(z, [shift for cell in cells for shift in (cell.cell1, cell.cell2)])
+
+
+def _shifted(z: Tensor, shifts: Iterable[AutoregressiveShift]) -> Tensor:
+    weights = [[conv.effective_weight() for conv in (s.conv_in, s.depthwise, s.conv_out)] for s in shifts]
+    return F.flow_cells(z, *zip(*weights, strict=True), [s.conv_out.bias for s in shifts])

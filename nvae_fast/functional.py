@@ -4,7 +4,7 @@ from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.bn_act import bn_act
 from nvae_fast.kernels.conv2d import conv2d
 from nvae_fast.kernels.depthwise_conv import depthwise_conv
-from nvae_fast.kernels.flow_cell import flow_cell
+from nvae_fast.kernels.flow_cell import flow_cell, flow_cells
 from nvae_fast.kernels.inverted_residual import inverted_residual
 from nvae_fast.kernels.logistic_mixture import (
     logistic_mixture_channels,
@@ -33,6 +33,7 @@ __all__ = [
     "conv2d",
     "depthwise_conv",
     "flow_cell",
+    "flow_cells",
     "inverted_residual",
     "latent_group",
     "logistic_mixture_channels",

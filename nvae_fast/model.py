@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from nvae_fast.checkpoint.model_files import ModelFiles
 from nvae_fast.config import NVAEConfig
 from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
 from nvae_fast.errors import InputError
-from nvae_fast.flows import FlowCell
+from nvae_fast.flows import FlowCell, run_flow
 from nvae_fast.kernels.inverted_residual import MEMORY
 from nvae_fast.layers import BatchNormAct2d, InvertedResidual, WeightNormConv2d, shared_effective_weights
 from nvae_fast.layers.norm import bn_regularizer
@@ -144,7 +145,7 @@ class NVAE(ModelFiles, nn.Module):
             f = features[0] if i == 0 else combiners[i - 1](features[i], h)
             prior = None if i == 0 else self.dec_sampler[i - 1](h)
             cells = self.nf_cells[i * self.config.num_nf : (i + 1) * self.config.num_nf]
-            flow = nn.Sequential(*cells) if cells else None
+            flow = partial(run_flow, cells) if cells else None
             out = F.latent_group(self.enc_sampler[i](f), prior, noise[i], flow=flow, residual=self.config.res_dist)
             kl.append(out.kl)
             log_q.append(out.log_q)

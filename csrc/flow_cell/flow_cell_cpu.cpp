@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <memory>
 
@@ -98,12 +99,11 @@ void for_each_task(const Shape& s, const F& f) {
   });
 }
 
-}  // namespace
-
-Tensor forward_cpu(const Tensor& z, const Tensor& w_in, const Tensor& w_dw, const Tensor& w_out, const Tensor& bias_out) {
+// y, the output of a cell, which has the sizes of z.
+void forward(const Tensor& z, const Tensor& w_in, const Tensor& w_dw, const Tensor& w_out, const Tensor& bias_out,
+             const Tensor& y) {
   const Shape s = checked(z, w_in, w_dw, w_out, bias_out);
-  const Tensor y = at::empty_like(z);
-  if (!y.numel()) return y;
+  if (!y.numel()) return;
   const Tensor x = wide(z), target = wide_like(y);
   const Packed weights = pack(s, w_in, w_dw, w_out, bias_out);
   const float* from = x.const_data_ptr<float>();
@@ -112,17 +112,16 @@ Tensor forward_cpu(const Tensor& z, const Tensor& w_in, const Tensor& w_dw, cons
     cpu_kernels().flow_cell.forward(s, weights.view, images, from + at, to + at, scratch);
   });
   if (!target.is_same(y)) y.copy_(target);
-  return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy, const Tensor& z,
-                                                                const Tensor& w_in, const Tensor& w_dw,
-                                                                const Tensor& w_out, const Tensor& bias_out) {
+// dz, which has the sizes of z, and the gradients of the weights; that of w_in is laid out like `like`.
+std::array<Tensor, 4> backward(const Tensor& dy, const Tensor& z, const Tensor& w_in, const Tensor& w_dw, const Tensor& w_out,
+                               const Tensor& bias_out, const Tensor& like, const Tensor& dz) {
   const Shape s = checked(z, w_in, w_dw, w_out, bias_out);
   TORCH_CHECK(dy.sizes() == z.sizes() && dy.device().is_cpu() && is_float(dy), "flow_cell: a gradient of shape ", dy.sizes(),
               " and type ", dy.scalar_type(), " does not fit");
   const auto f32 = z.options().dtype(at::kFloat);
-  const Tensor dz = at::empty_like(z), d_in = at::zeros_like(w_in, f32), d_dw = at::zeros(w_dw.sizes(), f32);
+  const Tensor d_in = at::zeros_like(like, f32), d_dw = at::zeros(w_dw.sizes(), f32);
   const Tensor d_out = at::zeros(w_out.sizes(), f32), d_bias = at::zeros(bias_out.sizes(), f32);
   if (z.numel()) {
     const Tensor g = wide(dy), x = wide(z), target = wide_like(dz);
@@ -153,8 +152,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& dy
     }
     for (int64_t j = 0; j < c; j++) d_bias.data_ptr<float>()[j] = -sum[parts - c + j];
   }
-  return {dz, d_in.to(w_in.scalar_type()), d_dw.to(w_dw.scalar_type()), d_out.to(w_out.scalar_type()),
+  return {d_in.to(w_in.scalar_type()), d_dw.to(w_dw.scalar_type()), d_out.to(w_out.scalar_type()),
           d_bias.to(bias_out.scalar_type())};
+}
+
+int64_t cells(at::TensorList weights) {
+  TORCH_CHECK(!weights.empty() && weights.size() % 4 == 0, "flow_cell takes four weights a cell, not ", weights.size());
+  return static_cast<int64_t>(weights.size() / 4);
+}
+
+Tensor between(const Tensor& z) { return at::empty_like(z, z.options(), at::MemoryFormat::ChannelsLast); }
+
+}  // namespace
+
+std::vector<Tensor> forward_cpu(const Tensor& z, at::TensorList weights) {
+  const int64_t count = cells(weights);
+  TORCH_CHECK(z.dim() == 4, "flow_cell takes z [B, Z, H, W], not ", z.sizes());
+  std::vector<Tensor> found;
+  for (int64_t k = 0; k < count; k++) {
+    const at::TensorList w = weights.slice(4 * k, 4);
+    const Tensor from = k ? found.back() : z;
+    found.push_back(k + 1 < count ? between(z) : at::empty_like(z));
+    forward(from, w[0], w[1], w[2], w[3], found.back());
+  }
+  return found;
+}
+
+std::vector<Tensor> backward_cpu(const Tensor& dy, at::TensorList zs, at::TensorList weights) {
+  const int64_t count = cells(weights);
+  TORCH_CHECK(zs.size() == weights.size() / 4, "flow_cell: ", zs.size(), " images and weights of ", count, " cells");
+  std::vector<Tensor> found(1 + weights.size());
+  Tensor gradient = dy;
+  for (int64_t k = count - 1; k >= 0; k--) {
+    const at::TensorList w = weights.slice(4 * k, 4);
+    const Tensor dz = k ? between(zs[k]) : at::empty_like(zs[0]);
+    auto of_weights = backward(gradient, zs[k], w[0], w[1], w[2], w[3], weights[0], dz);
+    std::move(of_weights.begin(), of_weights.end(), found.begin() + 1 + 4 * k);
+    gradient = dz;
+  }
+  found[0] = gradient;
+  return found;
 }
 
 }  // namespace nvae::flow_cell

@@ -1,7 +1,8 @@
 """The backward kernels of flow_cell on a GPU (layouts: _device.py). A program has a block of BLOCK_E hidden channels all the
-way, so that its maps are [SPACE, BLOCK_E]; the second kernel adds what adds up over blocks or over tiles:
+way, so that its maps are [SPACE, BLOCK_E], and leaves what adds up over blocks or over tiles:
 
-dz_parts [blocks, pixels, Z]    parts [tasks, 10 Z + 26, WIDTH]: rows of w_in (tap by tap), w_dw, w_out, bias
+dz_parts [blocks, pixels, Z]: the last program of a task to end adds them, those of its tiles
+parts [tasks, 10 Z + 26, WIDTH], rows of w_in (tap by tap), w_dw, w_out, bias: the second kernel adds them, for many cells
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels._join import arrive
 from nvae_fast.kernels._tile import multiple, offset_of
 from nvae_fast.kernels.flow_cell._device import (
     area_of,
@@ -63,11 +65,13 @@ def add_taps(parts, h1_ptr, da2_ptr, start, area, home, e, again, H, W, Z, WIDTH
 
 
 @triton.jit
-def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_parts_ptr, parts_ptr, h1_ptr, taps_ptr, IMAGES, H, W,
-                         Z, E, TILES, SPACE, WIDTH, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
-                         PIXELS: tl.constexpr, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                         BLOCK_Z: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
-    """A block's share of dz - dy; its gradients of the weights from a task's tiles, every TASKS-th."""
+def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_ptr, dz_parts_ptr, parts_ptr, h1_ptr, taps_ptr,
+                         tickets_ptr, IMAGES, H, W, Z, E, TILES, SPACE, WIDTH, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+                         UNIT: tl.constexpr, PIXELS: tl.constexpr, TILE_N: tl.constexpr, TILE_H: tl.constexpr,
+                         TILE_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_K: tl.constexpr,
+                         BLOCK_E: tl.constexpr):  # fmt: skip
+    """From a task's tiles, every TASKS-th: a block's share of dz - dy and of the weights' gradients, and from the last of a
+    task's programs dz."""
     task, block, tasks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     c, column, Z = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_E), multiple(Z, UNIT)
     own = task.to(tl.int64) * tl.num_programs(1) + block
@@ -149,41 +153,49 @@ def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_parts_
                     d_in = tl.dot(tl.trans(near), da1, d_in, input_precision=PRECISION)
                 add_to(parts + (t * Z + k)[:, None] * WIDTH + e[None, :], d_in, (k < Z)[:, None], again)
         tl.debug_barrier()
+    if arrive(tickets_ptr + task, tl.num_programs(1)):
+        add_blocks(dz_parts_ptr, dy_ptr, dz_ptr, task, tl.num_programs(1), IMAGES, H, W, Z, TILES, WIDE, PIXELS, TILE_N, TILE_H,
+                   TILE_W, BLOCK_Z)  # fmt: skip
 
 
 @triton.jit
-def flow_cell_join_kernel(dy_ptr, dz_parts_ptr, parts_ptr, dz_ptr, d_in_ptr, d_dw_ptr, d_out_ptr, d_bias_ptr, ELEMENTS, BLOCKS,
-                          Z, E, I0, I1, I2, I3, TASKS, WIDTH, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
-                          BLOCK_C: tl.constexpr):  # fmt: skip
-    """The first programs add a row of `parts` each, over the tasks, in float64 and in order, and put it where its gradient
-    wants it (I: strides of that of w_in); the others add up dz."""
-    across = tl.cdiv(WIDTH, BLOCK_C)
+def add_blocks(dz_parts_ptr, dy_ptr, dz_ptr, task, BLOCKS, IMAGES, H, W, Z, TILES, WIDE: tl.constexpr, PIXELS: tl.constexpr,
+               TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_Z: tl.constexpr):  # fmt: skip
+    """dz of a task's tiles: the shares of all blocks, in order, and dy"""
+    c, pitch = tl.arange(0, BLOCK_Z), tl.cast(IMAGES, tl.int64) * H * W * Z
+    for tile in range(task, TILES, tl.num_programs(0)):
+        start = corner(tile, H, W, TILE_N, TILE_H, TILE_W)
+        area = area_of(start, 0, 0, 0, IMAGES, H, W, TILE_N, TILE_H, TILE_W)
+        for i0 in range(0, size_of(area), PIXELS):
+            m, row, h, w, inside = locate(i0 + tl.arange(0, PIXELS), start[0], area, area, H, W, WIDE)
+            at, mask = m[:, None] * Z + c[None, :], inside[:, None] & (c < Z)[None, :]
+            share, dz = dz_parts_ptr + at, tl.zeros([PIXELS, BLOCK_Z], tl.float32)
+            for _ in range(BLOCKS):
+                dz += tl.load(share, mask=mask, other=0.0, cache_modifier=".cg")  # what other multiprocessors stored
+                share += pitch
+            dz += load_channels(dy_ptr, m, inside, c, Z)
+            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def flow_cell_join_kernel(parts_ptr, d_in_ptr, d_dw_ptr, d_out_ptr, d_bias_ptr, Z, E, I0, I1, I2, I3, TASKS, WIDTH,
+                          BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """Adds a row of a cell's `parts` [cells, tasks, 10 Z + 26, WIDTH] over the tasks, in float64 and in order, and puts it
+    where its gradient wants it (I: strides of that of w_in), which lies behind that of the cell before."""
+    across, cell = tl.cdiv(WIDTH, BLOCK_C), tl.program_id(1).to(tl.int64)
     row, e = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
-    if row < 10 * Z + 26:
-        total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-        for t0 in range(0, TASKS, BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
-            at = (t.to(tl.int64) * (10 * Z + 26) + row)[:, None] * WIDTH + e[None, :]
-            total += tl.load(parts_ptr + at, mask=(t < TASKS)[:, None] & (e < WIDTH)[None, :], other=0.0).to(tl.float64)
-        value = tl.sum(total, 0).to(tl.float32)
-        if row < 9 * Z:
-            tl.store(
-                d_in_ptr + e * I0 + (row % Z * I1 + row // Z // 3 * I2 + row // Z % 3 * I3),
-                value.to(d_in_ptr.dtype.element_ty),
-                mask=e < E,
-            )
-        elif row < 9 * Z + 25:
-            tl.store(d_dw_ptr + e * 25 + (row - 9 * Z), value.to(d_dw_ptr.dtype.element_ty), mask=e < E)
-        elif row < 10 * Z + 25:
-            tl.store(d_out_ptr + (row - 9 * Z - 25) * E + e, value.to(d_out_ptr.dtype.element_ty), mask=e < E)
-        else:
-            tl.store(d_bias_ptr + e, value.to(d_bias_ptr.dtype.element_ty), mask=e < Z)
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
+    for t0 in range(0, TASKS, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        at = ((cell * TASKS + t) * (10 * Z + 26) + row)[:, None] * WIDTH + e[None, :]
+        total += tl.load(parts_ptr + at, mask=(t < TASKS)[:, None] & (e < WIDTH)[None, :], other=0.0).to(tl.float64)
+    value = tl.sum(total, 0).to(tl.float32)
+    if row < 9 * Z:
+        to = d_in_ptr + cell * 9 * Z * E + (row % Z * I1 + row // Z // 3 * I2 + row // Z % 3 * I3)
+        tl.store(to + e * I0, value.to(d_in_ptr.dtype.element_ty), mask=e < E)
+    elif row < 9 * Z + 25:
+        tl.store(d_dw_ptr + (cell * E + e) * 25 + (row - 9 * Z), value.to(d_dw_ptr.dtype.element_ty), mask=e < E)
+    elif row < 10 * Z + 25:
+        tl.store(d_out_ptr + (cell * Z + row - 9 * Z - 25) * E + e, value.to(d_out_ptr.dtype.element_ty), mask=e < E)
     else:
-        i = offset_of(tl.program_id(0) - (10 * Z + 26) * across, WIDE) * BLOCK + tl.arange(0, BLOCK)
-        dz = tl.zeros([BLOCK], tl.float32)
-        at = dz_parts_ptr + i
-        for _ in range(BLOCKS):
-            dz += tl.load(at, mask=i < ELEMENTS, other=0.0)
-            at += ELEMENTS
-        dz += tl.load(dy_ptr + i, mask=i < ELEMENTS, other=0.0).to(tl.float32)
-        tl.store(dz_ptr + i, dz.to(dz_ptr.dtype.element_ty), mask=i < ELEMENTS)
+        tl.store(d_bias_ptr + cell * Z + e, value.to(d_bias_ptr.dtype.element_ty), mask=e < Z)

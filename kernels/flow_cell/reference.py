@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,13 @@ def flow_cell(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Te
         # Two ELUs: the reference's output block applies its own on top of the one after the convolution.
         hidden = F.elu(F.elu(hidden))
         return (wide - F.conv2d(hidden, w_out, bias_out)).to(z.dtype)
+
+
+def flow_cells(z: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Cells one after another, of four weights each."""
+    for first in range(0, len(weights), 4):
+        z = flow_cell(z, *weights[first : first + 4])
+    return z
 
 
 def autoregressive_mask(

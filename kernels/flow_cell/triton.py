@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ TASKS = (
     512,
     128,
 )  # most programs (backward: of a block of channels, each with 10 Z + 26 rows of sums), which then take more tiles
-BLOCK = 1024  # values of dz that a program adds up
 
 
 class Plan(NamedTuple):
@@ -34,64 +34,91 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-def flow_cell_fwd(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Tensor) -> Tensor:
-    _check(z, w_in, w_dw, w_out, bias_out)
-    result = torch.empty_like(z)
+def flow_cell_fwd(z: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    cells = _cells(z, weights)
+    found = [torch.empty_like(z, memory_format=torch.channels_last) for _ in cells[1:]] + [torch.empty_like(z)]
     if not z.numel():
-        return result
-    x, plan = _triton.image("z", z), _plan(z, w_in, backward=False)
-    y, block = torch.empty_like(x), _triton.power_of_2(max(w_in.shape[0], 16), BLOCK_H)
-    pitch = triton.cdiv(w_in.shape[0], block) * block
-    flow_cell_fwd_kernel[(plan.tasks,)](
-        *(x, *_dense(w_in, w_dw, w_out), bias_out.contiguous(), y, *_scratch(plan, x, pitch)),
-        *_sizes(plan, z, w_in),
-        **plan.constants,
-        PITCH=pitch,
-        BLOCK_H=block,
-    )
-    return y if y.stride() == result.stride() else result.copy_(y)
+        return found
+    x, plan, hidden = _triton.image("z", z), _plan(z, weights[0], backward=False), weights[0].shape[0]
+    block = _triton.power_of_2(max(hidden, 16), BLOCK_H)
+    pitch = triton.cdiv(hidden, block) * block
+    scratch = _scratch(plan, x, pitch)
+    for (w_in, w_dw, w_out, bias_out), result in zip(cells, found, strict=True):
+        y = _image_of(result)
+        flow_cell_fwd_kernel[(plan.tasks,)](
+            *(x, *_dense(w_in, w_dw, w_out), bias_out.contiguous(), y, *scratch),
+            *_sizes(plan, z, w_in),
+            **plan.constants,
+            PITCH=pitch,
+            BLOCK_H=block,
+        )
+        x = y
+    if x is not found[-1]:
+        found[-1].copy_(x)
+    return found
 
 
-def flow_cell_bwd(
-    dy: Tensor, z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(z, w_in, w_dw, w_out, bias_out)
-    x, g = _triton.image("z", z), _triton.image("dy", dy, z)
-    dz, d_in = torch.empty_like(z), torch.empty_like(w_in)
-    gradients = d_in, *(w.new_empty(w.shape) for w in (w_dw, w_out, bias_out))
+def flow_cell_bwd(dy: Tensor, zs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    z, w_in, cells = zs[0], weights[0], _cells(zs[0], weights)
+    g, images = _triton.image("dy", dy, z), [_triton.image("zs", t, z) for t in zs]
+    dz, kept = torch.empty_like(z), _gradients(weights[:4], len(cells))
+    found = [dz, *(memory[k] for k in range(len(cells)) for memory in kept)]
     if not z.numel():
-        return dz, *(w.zero_() for w in gradients)
-    plan, to, channels = _plan(z, w_in, backward=True), torch.empty_like(x), z.shape[1]
+        for memory in kept:
+            memory.zero_()
+        return found
+    plan, (channels, hidden) = _plan(z, w_in, backward=True), (z.shape[1], w_in.shape[0])
     block_e, block_z = plan.constants["BLOCK_E"], plan.constants["BLOCK_Z"]
     width = max(plan.blocks * block_e, block_z)
-    dz_parts = x.new_empty(plan.blocks, x.numel(), dtype=torch.float32)
-    parts = x.new_empty(plan.tasks, 10 * channels + 26, width, dtype=torch.float32)
-    flow_cell_bwd_kernel[(plan.tasks, plan.blocks)](
-        *(g, x, *_dense(w_in, w_dw, w_out), dz_parts, parts, *_scratch(plan, x, block_e, maps=2)),
-        *_sizes(plan, z, w_in),
-        width,
-        **plan.constants,
-    )
-    rows = (10 * channels + 26) * triton.cdiv(width, 64)
-    flow_cell_join_kernel[(rows + triton.cdiv(x.numel(), BLOCK),)](
-        *(g, dz_parts, parts, to, *gradients),
-        *(x.numel(), plan.blocks, channels, w_in.shape[0], *d_in.stride(), plan.tasks, width),
-        WIDE=plan.constants["WIDE"],
-        BLOCK=BLOCK,
+    dz_parts = z.new_empty(plan.blocks, z.numel(), dtype=torch.float32)
+    parts = z.new_empty(len(cells), plan.tasks, 10 * channels + 26, width, dtype=torch.float32)
+    scratch, tickets = _scratch(plan, z, block_e, maps=2), _triton.tickets(z.device, plan.tasks)
+    for k in reversed(range(len(cells))):
+        to = _image_of(torch.empty_like(z, memory_format=torch.channels_last) if k else dz)
+        flow_cell_bwd_kernel[(plan.tasks, plan.blocks)](
+            *(g, images[k], *_dense(*cells[k][:3]), to, dz_parts, parts[k], *scratch, tickets),
+            *_sizes(plan, z, w_in),
+            width,
+            **plan.constants,
+        )
+        g = to
+    if g is not dz:
+        dz.copy_(g)
+    flow_cell_join_kernel[((10 * channels + 26) * triton.cdiv(width, 64), len(cells))](
+        *(parts, *kept, channels, hidden, *kept[0].stride()[1:], plan.tasks, width),
         BLOCK_T=16,
         BLOCK_C=64,
     )
-    return to if to.stride() == dz.stride() else dz.copy_(to), *gradients
+    return found
 
 
-def _check(z: Tensor, w_in: Tensor, w_dw: Tensor, w_out: Tensor, bias_out: Tensor) -> None:
-    channels, hidden = z.shape[1], w_in.shape[0]
+def _cells(z: Tensor, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The four weights of each cell."""
+    channels, hidden = z.shape[1], weights[0].shape[0]
     shapes = (hidden, channels, 3, 3), (hidden, 1, 5, 5), (channels, hidden, 1, 1), (channels,)
-    named = zip(("w_in", "w_dw", "w_out", "bias_out"), (w_in, w_dw, w_out, bias_out), shapes, strict=True)
-    for name, t, shape in named:
-        if t.shape != shape or t.device != z.device or t.dtype not in _triton.DTYPES:
+    for i, t in enumerate(weights):
+        shape, dtype, name = shapes[i % 4], weights[i % 4].dtype, ("w_in", "w_dw", "w_out", "bias_out")[i % 4]
+        if t.shape != shape or t.device != z.device or t.dtype != dtype or dtype not in _triton.DTYPES:
             found = f"shape {tuple(t.shape)} and type {t.dtype} on {t.device}"
-            raise RuntimeError(f"{name} has {found}; expected {shape} of float32, bfloat16 or float16 on {z.device}")
+            wanted = f"{shape} of float32, bfloat16 or float16, the same for all cells, on {z.device}"
+            raise RuntimeError(f"{name} of cell {i // 4} has {found}; expected {wanted}")
+    return [weights[i : i + 4] for i in range(0, len(weights), 4)]
+
+
+def _image_of(result: Tensor) -> Tensor:
+    """`result` where it is dense and channels-last, else what is to be copied to it."""
+    dense = result.is_contiguous(memory_format=torch.channels_last)
+    return result if dense else torch.empty_like(result, memory_format=torch.channels_last)
+
+
+def _gradients(weights: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Memory of those of `count` cells, [count, ...], that of w_in laid out like it."""
+    w_in, *others = weights
+    strides = torch.empty_like(w_in).stride()
+    return [
+        w_in.new_empty_strided((count, *w_in.shape), (w_in.numel(), *strides)),
+        *(w.new_empty(count, *w.shape) for w in others),
+    ]
 
 
 def _plan(z: Tensor, w_in: Tensor, backward: bool) -> Plan:

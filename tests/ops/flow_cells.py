@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels.flow_cell import autoregressive_mask, flow_cell
+from nvae_fast.kernels.flow_cell import autoregressive_mask, flow_cell, flow_cells
 
 WEIGHTS = ["masked", "mirrored", "dense", "holes"]
 
@@ -34,6 +34,24 @@ def run(args, dy, impl):
     args = [t.detach().requires_grad_() for t in args]
     y = flow_cell(*args, impl=impl)
     return y.detach(), *torch.autograd.grad(y, args, dy)
+
+
+def make_flow(b, z, e, h, w, dtype=torch.float32, kinds=("masked", "mirrored", "dense")):
+    """z, the weights of one cell of each kind, a gradient."""
+    cells = [make(b, z, e, h, w, dtype, kind, seed=i) for i, kind in enumerate(kinds)]
+    return cells[0][0][0], [args[1:] for args, _ in cells], cells[0][1]
+
+
+def run_flow(z, cells, dy, impl, whole=True):
+    """The flow and all gradients, in one op or in one for each cell."""
+    z, cells = z.detach().requires_grad_(), [[w.detach().requires_grad_() for w in cell] for cell in cells]
+    if whole:
+        y = flow_cells(z, *zip(*cells, strict=True), impl=impl)
+    else:
+        y = z
+        for cell in cells:
+            y = flow_cell(y, *cell, impl=impl)
+    return y.detach(), *torch.autograd.grad(y, [z, *(w for cell in cells for w in cell)], dy)
 
 
 def same(these, those) -> bool:

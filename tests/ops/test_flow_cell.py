@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.autograd import gradcheck, gradgradcheck
 
-from nvae_fast.kernels.flow_cell import autoregressive_mask, flow_cell
+from nvae_fast.kernels.flow_cell import autoregressive_mask, flow_cell, flow_cells
 from nvae_fast.kernels.weight_norm import weight_norm
 
 FIXTURES = Path(__file__).parents[1] / "data" / "nvae_reference"
@@ -146,6 +146,34 @@ def test_bfloat16():
     assert (y.double() - exact).abs().max() <= 2 * (error + torch.finfo(y.dtype).eps * exact.abs().max())
     # float32 inside, whatever autocast says: one rounding at the end.
     assert torch.equal(y, flow_cell(*(t.float() for t in args)).bfloat16())
+
+
+def test_a_flow_of_the_reference():
+    first, second = make(dtype=torch.float64), make(mirror=True, dtype=torch.float64)
+    expected = composed(composed(*first), *second[1:])
+    torch.testing.assert_close(flow_cells(first[0], *zip(first[1:], second[1:], strict=True)), expected)
+    assert flow_cells(first[0], [], [], [], []) is first[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda w: w[3].pop(), ValueError, "^2 w_in, 2 w_dw, 2 w_out, 1 bias_out: expected one of each for every cell$"),
+        (lambda w: w[1].append(w[1].pop()[:5]), ValueError, r"^w_dw\[1\] of shape \(5, 1, 5, 5\): expected \(12, 1, 5, 5\)"),
+        (
+            lambda w: w[0].append(w[0].pop().double()),
+            TypeError,
+            r"^w_in\[1\] is torch.float64: .* torch.float32, as w_in\[0\]$",
+        ),
+        (lambda w: w[2].append(None) or w[2].pop(0), TypeError, r"^w_out\[1\] is None: expected a tensor$"),
+    ],
+)
+def test_bad_flows(change, error, message):
+    z, *cell = make()
+    lists = [[w, w] for w in cell]
+    change(lists)
+    with pytest.raises(error, match=message):
+        flow_cells(z, *lists)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flow_cells import WEIGHTS, make, run, same
+from flow_cells import WEIGHTS, make, make_flow, run, run_flow, same
 
 from nvae_fast.kernels import _impl
-from nvae_fast.kernels.flow_cell import flow_cell, reference
+from nvae_fast.kernels.flow_cell import flow_cell, flow_cells, reference
 
 NATIVE = _impl.load_native()[0]
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="nvae_fast was installed without its native extension")
@@ -121,12 +121,40 @@ def test_nan_goes_nowhere_through_dead_taps():
     assert all(g.isnan().any() for g in gradients[:4]) and gradients[4].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_flow_has_the_bits_of_its_cells(dtype, layout):
+    z, cells, dy = make_flow(3, 5, 30, 7, 6, dtype)
+    z = z.contiguous(memory_format=layout)
+    found = run_flow(z, cells, dy, "cpu")
+    assert same(found, run_flow(z, cells, dy, "cpu", whole=False))
+    assert found[0].stride() == found[1].stride() == z.stride()
+
+
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
-        args, dy = make(2, 3, 18, 5, 4, dtype=dtype)
-        for z in (args[0], args[0].contiguous(memory_format=torch.channels_last)):
-            torch.library.opcheck(torch.ops.nvae_fast.flow_cell_fwd.default, (z, *args[1:]))
-            torch.library.opcheck(torch.ops.nvae_fast.flow_cell_bwd.default, (dy, z, *args[1:]))
+        z, cells, dy = make_flow(2, 3, 18, 5, 4, dtype, kinds=("masked", "mirrored"))
+        weights = [w for cell in cells for w in cell]
+        for first in (z, z.contiguous(memory_format=torch.channels_last)):
+            torch.library.opcheck(torch.ops.nvae_fast.flow_cell_fwd.default, (first, weights))
+            images = [first, z.contiguous(memory_format=torch.channels_last)]
+            torch.library.opcheck(torch.ops.nvae_fast.flow_cell_bwd.default, (dy, images, weights))
+
+
+def test_lists_that_do_not_fit_together():
+    z, cells, dy = make_flow(2, 3, 18, 5, 4)
+    with pytest.raises(RuntimeError, match="four weights a cell, not 3"):
+        torch.ops.nvae_fast.flow_cell_fwd(z, cells[0][:3])
+    with pytest.raises(RuntimeError, match="1 images and weights of 2 cells"):
+        torch.ops.nvae_fast.flow_cell_bwd(dy, [z], cells[0] + cells[1])
+
+
+def test_a_compiled_flow_gives_the_same_bits():
+    z, cells, dy = make_flow(2, 4, 24, 6, 5)
+    z, cells = z.requires_grad_(), [[w.requires_grad_() for w in cell] for cell in cells]
+    y = torch.compile(flow_cells, fullgraph=True, backend="aot_eager")(z, *map(list, zip(*cells, strict=True)))
+    gradients = torch.autograd.grad(y, [z, *(w for cell in cells for w in cell)], dy)
+    assert same((y.detach(), *gradients), run_flow(z, cells, dy, "cpu"))
 
 
 def test_compile_gives_the_same_bits():

@@ -130,7 +130,7 @@ TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
     "flow_cell": dict(PITCH=128, TILE_N=1, TILE_H=16, TILE_W=16, BLOCK_E=32, BLOCK_H=64, BLOCK_Z=32, BLOCK_K=32, num_warps=8),
-    "flow_cell_join": dict(BLOCK=1024, BLOCK_T=16, num_warps=4),
+    "flow_cell_join": dict(BLOCK_T=16, num_warps=4),
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),

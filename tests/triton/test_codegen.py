@@ -17,6 +17,7 @@ JOINING = {f"bn_act_{name}_kernel" for name in ("stats", "sums")} | {"se_residua
 JOINING |= {f"{op}_conv_{name}_kernel" for op in ("depthwise", "pointwise") for name in ("fwd", "du")}
 OF_IMAGES = {f"se_residual_{name}_kernel" for name in ("gate", "dgate")}  # what the programs of an image leave
 OF_IMAGES |= {"residual_normal_fwd_kernel", "residual_normal_log_prob_fwd_kernel"}
+OF_IMAGES |= {"flow_cell_bwd_kernel"}  # of tiles
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flow_cells import WEIGHTS, make, run, same
+from flow_cells import WEIGHTS, make, make_flow, run, run_flow, same
 
+from nvae_fast.kernels import _triton
 from nvae_fast.kernels.flow_cell import flow_cell, reference
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -68,13 +69,29 @@ def test_the_gradient_of_w_in_is_laid_out_like_it():
     assert same(plain, got) and got[2].stride() == args[1].stride() != plain[2].stride() == (18, 9, 3, 1)
 
 
-def test_launches_of_a_cell(launches):
-    args, dy = make(1, 2, 6, 2, 2)
-    args[1] = args[1].contiguous(memory_format=torch.channels_last)
-    args[0], dy = (t.contiguous(memory_format=torch.channels_last) for t in (args[0], dy))
+def test_a_flow_has_the_bits_of_its_cells(monkeypatch):
+    """Two blocks of hidden channels and a task of two tiles: dz of a cell must be whole before the next cell reads it."""
+    from nvae_fast.kernels.flow_cell import triton
+
+    for name, value in dict(LEAST=4, MOST=(4, 4), TASKS=(1, 1)).items():
+        monkeypatch.setattr(triton, name, value)
+    z, cells, dy = make_flow(1, 2, 34, 5, 3, HALF, kinds=("masked", "mirrored"))
+    one_by_one = run_flow(z.contiguous(memory_format=torch.channels_last), cells, dy, "triton", whole=False)
+    found = run_flow(z, cells, dy, "triton")
+    assert same(found, one_by_one) and found[0].stride() == found[1].stride() == z.stride()
+    assert not _triton.tickets(z.device, 1).any()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_launches_of_a_flow(launches, count):
+    """Two for each cell and one for all."""
+    z, cells, dy = make_flow(1, 2, 6, 2, 2)
+    cells = [[w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w for w in cell] for cell in cells[:count]]
+    z, dy = (t.contiguous(memory_format=torch.channels_last) for t in (z, dy))
     with launches() as names:
-        run(args, dy, "triton")
-    assert names == ["flow_cell_fwd_kernel", "flow_cell_bwd_kernel", "flow_cell_join_kernel"]
+        run_flow(z, cells, dy, "triton")
+    kernels = ("flow_cell_fwd_kernel", count), ("flow_cell_bwd_kernel", count), ("flow_cell_join_kernel", 1)
+    assert names == [name for name, times in kernels for _ in range(times)]
 
 
 def test_dead_taps_have_their_gradients():
@@ -110,6 +127,9 @@ def test_an_empty_batch_has_zero_gradients():
     y, dz, *gradients = run(args, dy, "triton")
     assert y.shape == dz.shape == (0, 2, 5, 5)
     assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(gradients, args[1:], strict=True))
+    z, cells, dy = make_flow(0, 2, 12, 5, 5)
+    y, dz, *gradients = run_flow(z, cells, dy, "triton")
+    assert y.shape == dz.shape == (0, 2, 5, 5) and len(gradients) == 12 and not any(g.any() for g in gradients)
 
 
 def test_nan_and_infinity_stay_where_pytorch_has_them():
@@ -134,8 +154,14 @@ def test_nan_goes_nowhere_through_dead_taps():
 
 def test_wrong_arguments():
     args, dy = make(1, 2, 12, 3, 3)
-    with pytest.raises(RuntimeError, match=r"w_dw has shape \(12, 1, 3, 3\) .*expected \(12, 1, 5, 5\) of float32") as caught:
-        torch.ops.nvae_fast.flow_cell_fwd(*args[:2], args[2][..., 1:4, 1:4], *args[3:])
-    assert "\n" not in str(caught.value)
+    z, *cell = args
+    small = [cell[0], cell[1][..., 1:4, 1:4], *cell[2:]]
+    for weights, found in (
+        (small, r"cell 0 has shape \(12, 1, 3, 3\)"),
+        ([*cell, cell[0], cell[1].half()], "cell 1 .*float16"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"w_dw of {found}.*expected \(12, 1, 5, 5\) of float32") as caught:
+            torch.ops.nvae_fast.flow_cell_fwd(z, weights)
+        assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match=r"dy has shape \(1, 2, 3, 2\)"):
-        torch.ops.nvae_fast.flow_cell_bwd(dy[..., 1:], *args)
+        torch.ops.nvae_fast.flow_cell_bwd(dy[..., 1:], [z], cell)
