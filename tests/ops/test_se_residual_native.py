@@ -134,6 +134,15 @@ def test_nan_stays_in_its_image():
         assert y[1, 4, 2, 1].isnan() and y.isnan().sum() == 1
 
 
+def test_nan_reaches_the_gradients_that_it_reaches_in_torch():
+    args = se_tensors(3, 9, 4, 3)
+    args[1][1, 4, 2, 1] = torch.nan
+    found, expected = (outcome(se, args, [], impl) for impl in ("cpu", "reference"))
+    for name, t in expected.items():
+        assert torch.equal(found[name].isnan(), t.isnan()), name
+    assert expected["d3"].isnan().any() and not expected["d1"].isnan().all()
+
+
 def test_an_open_gate_keeps_the_digits_of_its_slope():
     """1 - gate of a gate that is rounded has lost those that say how far from 1 it is."""
     args = se_tensors(2, 33, 4, 5)
@@ -142,6 +151,20 @@ def test_an_open_gate_keeps_the_digits_of_its_slope():
         outcome(se, [t.to(d) for t in args], [], i)["d5"] for d, i in ((torch.float64, "reference"), (torch.float32, "cpu"))
     )
     assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_sums_over_a_large_image_keep_their_digits():
+    """22,500 blocks of pixels that all have one sign: added up one by one they would lose four bits."""
+    skip, x, *gate = se_tensors(1, 3, 600, 600)
+    x = (1 + torch.rand(x.shape, generator=torch.Generator().manual_seed(0))).contiguous(memory_format=torch.channels_last)
+    state = torch.ops.nvae_fast.se_residual_fwd(skip, x, None, *gate, None, 0.1, False)[1]
+    mean = x.double().mean((2, 3))
+    assert ((state[:, :3] - mean) / mean).abs().max() <= 2 * torch.finfo(torch.float32).eps
+    found = []
+    for dtype, impl in ((torch.float32, "cpu"), (torch.float64, "reference")):
+        *args, b2 = (t.to(dtype) for t in (skip, x, *gate))
+        found += torch.autograd.grad(F.se_residual(*args, b2.requires_grad_(), impl=impl).sum(), b2)
+    assert ((found[0] - found[1]) / found[1]).abs().max() <= 5e-7
 
 
 def test_an_expanded_skip_and_its_gradient():

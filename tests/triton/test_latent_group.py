@@ -51,10 +51,10 @@ def test_densities_and_their_gradients(within_budget, scale, dtype, prior, layou
             within_budget(got, plain, exact, dtype)
 
 
-def group(posterior, prior, noise, grads, impl, flow=lambda z: 1.5 * z + 0.25):
+def group(posterior, prior, noise, grads, impl, flow=lambda z: 1.5 * z + 0.25, residual=True):
     """Outputs and gradients; the prior is used a second time, as a decoder might."""
     leaves = [t.detach().requires_grad_() for t in (posterior, prior) if t is not None]
-    out = F.latent_group(*leaves, noise=noise, flow=flow, impl=impl)
+    out = F.latent_group(*leaves, noise=noise, flow=flow, residual=residual, impl=impl)
     weights = [g.to(t.dtype) for g, t in zip(grads, out, strict=True)]
     return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, weights)]
 
@@ -69,14 +69,14 @@ def inputs(shape=(2, 3, 5, 7), dtype=FLOAT, layout=CL, scale=1.0):
 
 @pytest.mark.parametrize("layout", SHAPES)
 @pytest.mark.parametrize("flow", [None, lambda z: 1.5 * z + 0.25], ids=["no flow", "flow"])
-@pytest.mark.parametrize("top", [False, True])
-def test_a_group_is_its_parts(within_budget, layout, flow, top):
+@pytest.mark.parametrize("kind", ["top", "absolute", "residual"])
+def test_a_group_is_its_parts(within_budget, layout, flow, kind):
     (posterior, prior), noise, grads = inputs(layout=layout)
-    prior = None if top else prior
-    wide = posterior.double(), None if top else prior.double()
-    exact = group(*wide, noise.double(), grads, "reference", flow)
-    plain = group(posterior, prior, noise, grads, "reference", flow)
-    for triple in zip(group(posterior, prior, noise, grads, "triton", flow), plain, exact, strict=True):
+    prior = None if kind == "top" else prior
+    wide, how = (posterior.double(), None if prior is None else prior.double()), (flow, kind == "residual")
+    exact = group(*wide, noise.double(), grads, "reference", *how)
+    plain = group(posterior, prior, noise, grads, "reference", *how)
+    for triple in zip(group(posterior, prior, noise, grads, "triton", *how), plain, exact, strict=True):
         within_budget(*triple)
 
 
