@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -59,12 +58,13 @@ def within_budget() -> Callable[[Tensor, Tensor, Tensor], None]:
 
 class FakeGraphs:
     """In the place of torch.cuda's streams and graphs: `recording` is set while a graph is recorded, `replay()` is what a
-    replay does, and `generators` are those that graphs know."""
+    replay does, `generators` are those that graphs know, and `events` says what streams do."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recording = False
         self.replay: Callable[[], None] = lambda: None
         self.generators: list[torch.Generator] = []
+        self.events: list[str] = []
         fakes = self
 
         class Graph:
@@ -87,9 +87,20 @@ class FakeGraphs:
                 for generator, state in zip(fakes.generators, states, strict=True):
                     generator.set_state(state)  # recording draws nothing
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        names = {"Stream": lambda device: stream, "current_stream": lambda device: stream, "CUDAGraph": Graph, "graph": record,
-                 "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda device: None}  # fmt: skip
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                fakes.events.append(f"{self.name} waits for {other.name}")
+
+        @contextlib.contextmanager
+        def use(stream: Stream) -> Iterator[None]:
+            fakes.events.append(f"on {stream.name}")
+            yield
+
+        names = {"Stream": lambda device: Stream("graph"), "current_stream": lambda device: Stream("caller"), "stream": use,
+                 "CUDAGraph": Graph, "graph": record, "synchronize": lambda device: None}  # fmt: skip
         for name, fake in names.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 

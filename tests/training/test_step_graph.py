@@ -64,6 +64,11 @@ def test_recorded_once_and_replayed_with_new_values(device):
     assert len({t.item() for t in kept}) == len(kept)  # what a call returned stays when the next one is replayed
 
 
+def test_a_call_that_is_not_replayed_runs_between_what_the_callers_stream_does_before_and_after(device, fake_graphs):
+    device(1.0)
+    assert fake_graphs.events == ["graph waits for caller", "on graph", "caller waits for graph"]
+
+
 def test_other_batches_and_no_regularisers_run_as_they_are(device):
     for _ in range(WARM_UP + 1):
         device(1.0)
