@@ -95,8 +95,36 @@ def test_resize_is_pillows(pixels, channels):
     for c in range(channels):
         plane = Image.fromarray(np.ascontiguousarray(image[..., c])).resize((16, 20), Image.Resampling.BILINEAR)
         assert np.array_equal(out[..., c], np.asarray(plane)[2:18])
-    corners = [Transform((16, 16), random_crop=True)(image, "x", np.array([u, u])) for u in (0.0, 0.9999)]
-    assert not np.array_equal(*corners)
+    whole = Transform((20, 16))(image, "x")
+    for u, top in ((0.0, 0), (0.1999, 0), (0.2001, 1), (0.9999, 4)):  # each of the five places, the last one too
+        crop = Transform((16, 16), random_crop=True)(image, "x", np.array([u, u]))
+        assert np.array_equal(crop, whole[top : top + 16])
+
+
+# image, what it is brought to, and where the middle of that begins: as torchvision rounds
+MIDDLES = [
+    ((8, 9), (8, 9), (0, 0)),
+    ((8, 11), (8, 11), (0, 2)),
+    ((13, 8), (13, 8), (2, 0)),
+    ((15, 8), (15, 8), (4, 0)),
+    ((15, 22), (8, 11), (0, 2)),
+    ((22, 15), (11, 8), (2, 0)),
+]
+
+
+@pytest.mark.parametrize(("shape", "resized", "corner"), MIDDLES)
+def test_sides_and_middles_are_whole_pixels(pixels, shape, resized, corner):
+    image, (top, left) = pixels(*shape, 3), corner
+    scaled = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.Resampling.BILINEAR))
+    assert np.array_equal(Transform((8, 8))(image, "x"), scaled[top : top + 8, left : left + 8])
+
+
+def test_a_box_may_take_all_that_there_is(pixels):
+    image = pixels(12, 9, 3)
+    assert np.array_equal(Transform(box=(1, 2, 9, 12))(image, "x"), image[2:12, 1:9])
+    for smaller in (image[:11], image[:, :8]):
+        with pytest.raises(InputError, match="the crop box of this dataset needs at least 12x9"):
+            Transform(box=(1, 2, 9, 12))(smaller, "x")
 
 
 def test_importing_reads_nothing():
