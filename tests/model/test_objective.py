@@ -52,6 +52,11 @@ def test_kl_coefficient(schedules):
         assert kl_coefficient(row["step"], 1000, config) == pytest.approx(row["value"], rel=1e-9)
 
 
+def test_kl_coefficient_without_a_ramp():
+    config = TrainConfig(kl_anneal_portion=0.0, kl_const_portion=0.5, kl_const_coeff=0.25)
+    assert [kl_coefficient(step, 4, config) for step in range(4)] == [0.25, 0.25, 1.0, 1.0]
+
+
 def test_norm_coefficient(schedules):
     for row in schedules.meta["wdn_anneal"]:
         config = TrainConfig(weight_decay_norm=row["final"], weight_decay_norm_init=row["init"], weight_decay_norm_anneal=True)
