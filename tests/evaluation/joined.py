@@ -23,6 +23,8 @@ def on_rank(rank: int, store: str, model, images, x, expected) -> None:
         everywhere(result)
         one = expected["likelihood"]
         assert result.images == 12 and result.nelbo == pytest.approx(one.nelbo, abs=5 * one.nelbo_se)
+        twice = evaluate(model, [images])
+        assert twice.images == 24 and twice.nelbo != pytest.approx(one.nelbo, abs=1e-4), "both ranks draw the same noise"
         first = evaluate(model, mine if rank == 0 else [])  # one rank has no images
         assert first == expected["first"]
 
