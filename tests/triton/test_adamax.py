@@ -122,6 +122,15 @@ def test_squares(value, count):
     assert _triton.tasks(count, 1024, 1024)[0] == -(-count // 1024)
 
 
+def test_squares_of_many_tiles_in_few_programs(monkeypatch):
+    monkeypatch.setattr("nvae_fast.kernels.adamax.triton.TASKS", 4)
+    params = [Parameter(torch.zeros(n)) for n in (5008, 37, 9000)]
+    arena = Arena(params, [{} for _ in params])
+    fill_grads(params, 0)
+    arena.load()
+    torch.testing.assert_close(arena.squares(), sum(p.grad.double().square().sum() for p in params), rtol=1e-6, atol=0)
+
+
 def test_a_learning_rate_on_the_device():
     rate = torch.tensor(0.25, dtype=torch.float64)
     a, b = run(FusedAdamax, parameters(), lr=0.25, steps=1), run(FusedAdamax, parameters(), lr=rate, steps=1)
