@@ -1,7 +1,8 @@
 """How many things a training step, or sampling, asks a GPU to do, counted without one: it is traced on tensors without values.
 
 Our ops go through the launchers of their Triton kernels, whose kernels are counted instead of run, so that the figures are the
-launchers' own, whatever the sizes. What torch does itself counts once for an operation that is no view and no allocation; a
+launchers' own, whatever the sizes. Those of the CUDA C++ extension, which cannot run here, come from a table (NATIVE) that the
+tests of its sources assert. What torch does itself counts once for an operation that is no view and no allocation; a
 gradient of a convolution once for each of its outputs; an operation on lists once for as many tensors as one of torch's
 multi-tensor launches takes. cuDNN's changes of layout, and a second kernel of a long sum, are not seen: a GPU has no fewer.
 """
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -40,6 +41,8 @@ from nvae_fast.training.step import PRECISIONS, TrainingStep
 
 GOAL = 2500
 """Launches of a step that every published configuration should stay below."""
+NATIVE = {"depthwise_conv_cuda_fwd": 1, "depthwise_conv_cuda_bwd": 1}
+"""Launches of an op in CUDA C++, by its schema; an image that is not channels-last is copied first."""
 UPLOAD = "upload of a table"
 LISTS = (110, 64, 48, 36)  # tensors of one multi-tensor launch, by the number of lists (torch's MultiTensorApply.cuh)
 QUIET = {"_unsafe_view", "detach", "lift_fresh", "_reshape_alias", "set_", "promote_types", "empty", "new_empty", "empty_like",
@@ -64,6 +67,11 @@ class Launches(TorchDispatchMode):
         if launcher is not None:
             with self:  # what it has torch do counts as well
                 return launcher(*args, **(kwargs or {}))
+        if func.namespace == "nvae_fast" and name in NATIVE:
+            images = [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+            self.names["torch.clone"] += sum(not t.is_contiguous(memory_format=torch.channels_last) for t in images)
+            self.names[f"{name}_kernel"] += NATIVE[name]
+            return func(*args, **(kwargs or {}))
         if (
             func.namespace == "aten" and func._can_decompose()
         ):  # as it would have been above autograd, which a launcher is below
@@ -75,8 +83,8 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
-    def on_gpu(self) -> Iterator[Launches]:
-        """`auto` takes Triton's implementation of every op that has one, and its kernels are counted here."""
+    def on_gpu(self, extension: bool = True) -> Iterator[Launches]:
+        """`auto` takes what it takes on a GPU, with the CUDA C++ `extension` or without: kernels are counted here."""
         from triton.runtime.jit import KernelInterface
 
         def counted(kernel: Any, grid: Any) -> Callable[..., None]:
@@ -92,7 +100,8 @@ class Launches(TorchDispatchMode):
             self.names[UPLOAD] += 1
             return torch.empty(max(len(values) // 8, 1), dtype=torch.int64, device=device)
 
-        ops = {op: {"triton": _always} if "triton" in impls else {} for op, impls in _impl._ops.items()}
+        kinds = ("cuda", "triton") if extension else ("triton",)
+        ops = {op: {kind: _always for kind in impls if kind in kinds} for op, impls in _impl._ops.items()}
         with (
             patch.object(_impl, "_ops", ops),
             patch.object(_auto, "choose", lambda op, impl, *rest, **options: impl),
@@ -137,23 +146,33 @@ def launchers() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def count(config: NVAEConfig, *, precision: str = "bf16", batch: int | None = None) -> tuple[Counter[str], Counter[str]]:
-    """Launches of a training step by name, ours and the plain model's with torch's multi-tensor Adamax. Ours is the step of the
-    trainer, with all that makes it skippable. RunError without Triton."""
+class Counts(NamedTuple):
+    """Launches by name: ours where the extension was built with CUDA, and where it was not, and the plain model's."""
+
+    ours: Counter[str]
+    without_extension: Counter[str]
+    plain: Counter[str]
+
+
+def count(config: NVAEConfig, *, precision: str = "bf16", batch: int | None = None, memory: str = "balanced") -> Counts:
+    """Of a training step in the memory mode `memory`. Ours is the step of the trainer, with all that makes it skippable, the
+    plain model's has torch's multi-tensor Adamax. RunError without Triton."""
     batch = config.training.batch_size if batch is None else batch
     launchers()
-    return ours(config, precision, batch), rival(config, precision, batch)
+    both = (ours(config, precision, batch, memory, extension) for extension in (True, False))
+    return Counts(*both, rival(config, precision, batch))
 
 
-def ours(config: NVAEConfig, precision: str, batch: int) -> Counter[str]:
+def ours(config: NVAEConfig, precision: str, batch: int, memory: str = "balanced", extension: bool = True) -> Counter[str]:
+    """Of a step of the trainer."""
     with _fakes():
-        model = channels_last(NVAE(config)).train()
+        model = channels_last(NVAE(config)).train().set_memory(memory)
         x = _images(config, batch)
         stand_in: Any = _Decides(model)
         step = TrainingStep(model, stand_in, SpectralState(), precision=precision)
         coefficient = torch.empty(())  # a tensor, as a recorded step has it
         for mode in (Launches(), found := Launches()):  # the first step of a run is longer
-            with mode.on_gpu():
+            with mode.on_gpu(extension):
                 step(x, rate=coefficient, kl_coeff=coefficient, norm_coeff=coefficient)
     # small ones, as easy to read 16 bytes at a time as theirs
     parameters = [nn.Parameter(torch.zeros(p.numel() % 4 or 4)) for p in model.parameters()]
@@ -170,6 +189,7 @@ def ours(config: NVAEConfig, precision: str, batch: int) -> Counter[str]:
 
 
 def rival(config: NVAEConfig, precision: str, batch: int) -> Counter[str]:
+    """Of a step of the plain model."""
     low = precision != "fp32"
     with _fakes(), _impl.use_impl("reference"):
         model, x = plain(channels_last(NVAE(config)).train()), _images(config, batch)
@@ -190,13 +210,13 @@ def rival(config: NVAEConfig, precision: str, batch: int) -> Counter[str]:
     return found.names + last.names
 
 
-def count_sampling(config: NVAEConfig, *, batch: int = 16) -> tuple[Counter[str], Counter[str]]:
+def count_sampling(config: NVAEConfig, *, batch: int = 16, extension: bool = True) -> tuple[Counter[str], Counter[str]]:
     """Launches of a batch of samples, from the prior's noise to pixels, by name: of the folded model and of the plain one.
     RunError without Triton."""
     launchers()
     with _fakes():
         for mode in (Launches(), found := Launches()):
-            with mode.on_gpu():
+            with mode.on_gpu(extension):
                 model = folded(channels_last(NVAE(config)).eval())
                 mode.names.clear()
                 draw(model, None, 0.7, False, batch)

@@ -1,8 +1,8 @@
-"""Where `impl="auto"` takes the C++ implementation of an op on the CPU: one row per op for which "wherever it can run" is not
-the answer, written down from measurements (`nvae-fast bench --suite ops`), never taken while a program runs.
+"""Which implementation `impl="auto"` takes where there is a choice, and why; decided once, never while a program runs.
 
-`python -m nvae_fast.env` prints it. On CUDA nothing was measured yet: auto takes the fused (Triton) kernels of an op wherever
-they can run, until measurements say otherwise.
+On the CPU: one row per op for which "the C++ wherever it can run" is not the answer, from measurements (`nvae-fast bench
+--suite ops`). On CUDA nothing was measured yet: auto takes the fused kernels of an op wherever they can run, where there are
+two kinds those of the second table. `python -m nvae_fast.env` prints both.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ CPU = {
     "inverted_residual": Wins("channels-last: 1.7 to 3 times"),
     "pointwise_conv": Wins("channels-last with a norm or statistics; plain it is 0.75 to 1.25 times", fused=True),
     "se_residual": Wins("channels-last with a gradient or a norm: 1.7 times; its plain forward alone 0.4", gradient=True),
+}
+
+_ONE_LAUNCH = (
+    "predicted, not measured: one launch each way, the activation applied once into a tile in shared memory, both gradients "
+    "from one tile; Triton's kernels store the activated image, 2 more passes and launches, and read it once for every tap"
+)
+CUDA = {  # before Triton, where the extension was built with CUDA: as the ops are registered
+    "depthwise_conv": Wins(_ONE_LAUNCH),
+    "inverted_residual": Wins("its depthwise convolution: " + _ONE_LAUNCH),
 }
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nvae_fast.kernels import _norm
 from nvae_fast.kernels._autograd import first_order
-from nvae_fast.kernels.depthwise_conv import ops as depthwise_ops
 
 
 def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, stats: bool) -> tuple[Tensor, ...]:
@@ -18,15 +17,6 @@ def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, si
     if op != "pointwise_conv":
         return getattr(raw, f"{op}_fwd")(x, bn, act, weight, *sizes, stats)
     return raw.pointwise_conv_fwd(x, bn, act, weight, stats, False)[:2]
-
-
-def _backward(
-    op: str, dy: Tensor, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, count: float
-) -> tuple[Tensor, ...]:
-    """(du, the weight's gradient, the table of gradients [7, C_in] or [0, C_in])"""
-    if op != "pointwise_conv":
-        return depthwise_ops.backward(op, dy, None, None, x, bn, act, weight, sizes, count)
-    return torch.ops.nvae_fast.pointwise_conv_bwd(dy, None, None, x, bn, act, weight, count)
 
 
 class NormConv(torch.autograd.Function):
@@ -62,7 +52,8 @@ class NormConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bn = ctx.saved_tensors
         op, config, act, sizes, count = ctx.settings
-        du, dweight, table = _backward(op, dy, x, bn, act, weight, sizes, count)
+        backward = getattr(torch.ops.nvae_fast, f"{op}_bwd")
+        du, dweight, table = backward(dy, None, None, x, bn, act, weight, *sizes, count)
         settings = (None,) * 5
         if config is None:
             return du, dweight, *settings

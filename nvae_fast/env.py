@@ -17,6 +17,7 @@ from nvae_fast._version import __version__
 from nvae_fast.kernels import _auto, _impl
 
 PACKAGES = ("torch", "numpy", "triton")
+RULES = {"cpu": _auto.CPU, "cuda": _auto.CUDA}
 
 
 def environment() -> dict[str, Any]:
@@ -60,7 +61,7 @@ def main() -> None:
         print(f"extension   none: {extension['reason']}")
     for row in facts["ops"]:
         reasons = "; ".join(f"not {name}: {why}" for name, why in row["not"].items())
-        rule = _auto.CPU.get(row["op"]) if row["auto"] == "cpu" else None
+        rule = RULES.get(row["auto"], {}).get(row["op"])
         print(f"{row['device']} {row['dtype']:9s} {row['op']:26s} {row['auto']:10s} {rule.why if rule else reasons}".rstrip())
 
 

@@ -69,16 +69,20 @@ Problem problem_of(const Tensor& x, const Tensor& weight, int64_t act, int64_t s
 
 Tensor empty_image(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options(), at::MemoryFormat::ChannelsLast); }
 
-// Launches with scratch of its own, which the caching allocator hands to nobody before this stream is done with it.
+// Launches with scratch of its own, which the caching allocator hands to nobody before this stream is done with it, and with the
+// caller's tickets, which no other stream may use meanwhile.
 template <typename Arguments>
-void run(const Problem& p, Arguments arguments, const Tensor& x) {
+void run(const Problem& p, Arguments arguments, const Tensor& x, const Tensor& tickets) {
+  TORCH_CHECK(tickets.device() == x.device() && tickets.scalar_type() == at::kInt && tickets.is_contiguous() &&
+                  tickets.numel() >= tickets_of(p), kOp, ": expected ", tickets_of(p), " tickets of type int on ", x.device());
   TORCH_CHECK(chosen(p, arguments) != kAuto, kOp, ": variant ", p.variant, " cannot run this shape, type or alignment; pass 0");
   const Tensor scratch = at::empty({scratch_floats(p, arguments)}, x.options().dtype(at::kFloat));
   arguments.scratch = scratch.data_ptr<float>();
+  arguments.tickets = reinterpret_cast<unsigned*>(tickets.data_ptr<int>());
   C10_CUDA_CHECK(launch(p, arguments, c10::cuda::getCurrentCUDAStream(x.device().index())));
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight_any,
+std::tuple<Tensor, Tensor> forward(const Tensor& tickets, const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight_any,
                                    int64_t stride, int64_t dilation, int64_t upsample, bool stats, int64_t variant) {
   const Problem p = problem_of(x_any, weight_any, act, stride, dilation, upsample, variant);
   const c10::cuda::CUDAGuard device(x_any.device());
@@ -89,13 +93,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const OptionalTensor& bn
   if (y.numel() == 0) return {y, at::zeros({stats ? 2 : 0, p.c}, table)};
   const Tensor found = at::empty({stats ? 2 : 0, p.c}, table);
   float* const stats_to = stats ? found.data_ptr<float>() : nullptr;
-  run(p, Forward{x.const_data_ptr(), pointer(bn), weight.const_data_ptr(), y.data_ptr(), stats_to, nullptr}, x);
+  run(p, Forward{x.const_data_ptr(), pointer(bn), weight.const_data_ptr(), y.data_ptr(), stats_to, nullptr, nullptr}, x, tickets);
   return {y, found};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const OptionalTensor& y_any, const OptionalTensor& c_any,
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& tickets, const Tensor& dy_any, const OptionalTensor& y_any, const OptionalTensor& c_any,
                                             const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight_any,
-                                            int64_t stride, int64_t dilation, int64_t upsample, int64_t variant) {
+                                            int64_t stride, int64_t dilation, int64_t upsample, double count, int64_t variant) {
   const Problem p = problem_of(x_any, weight_any, act, stride, dilation, upsample, variant);
   const c10::cuda::CUDAGuard device(x_any.device());
   TORCH_CHECK(y_any.has_value() == c_any.has_value(), kOp, ": expected both y and c, or neither");
@@ -104,20 +108,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy_any, const Optional
   const Tensor dy = image_like("dy", dy_any, x, sizes);
   const OptionalTensor y = y_any ? OptionalTensor(image_like("y", *y_any, x, sizes)) : OptionalTensor();
   const OptionalTensor c = floats("c", c_any, x, {3, p.c}), bn = floats("coefficients", bn_any, x, {bn_act::kCoefficients, p.c});
-  const auto table = x.options().dtype(at::kFloat);
+  const auto floating = x.options().dtype(at::kFloat);
+  const int64_t rows = bn ? bn_act::kGradients : 0;
   const Tensor du = empty_image(x, x.sizes());
-  if (x.numel() == 0) return {du, at::zeros(weight.sizes(), weight.options()), at::zeros({bn ? 2 : 0, p.c}, table)};
-  const Tensor dweight = at::empty(weight.sizes(), weight.options()), sums = at::empty({bn ? 2 : 0, p.c}, table);
+  if (x.numel() == 0) return {du, at::zeros(weight.sizes(), weight.options()), at::zeros({rows, p.c}, floating)};
+  const Tensor dweight = at::empty(weight.sizes(), weight.options()), table = at::empty({rows, p.c}, floating);
   run(p,
       Backward{dy.const_data_ptr(), y ? y->const_data_ptr() : nullptr, pointer(c), x.const_data_ptr(), pointer(bn),
-               weight.const_data_ptr(), du.data_ptr(), dweight.data_ptr(), bn ? sums.data_ptr<float>() : nullptr, nullptr},
-      x);
-  return {du, dweight, sums};
+               weight.const_data_ptr(), du.data_ptr(), dweight.data_ptr(), bn ? table.data_ptr<float>() : nullptr,
+               count > 0.0 ? 1.0 / count : 0.0, nullptr, nullptr},
+      x, tickets);
+  return {du, dweight, table};
 }
 
 TORCH_LIBRARY_IMPL(nvae_fast, CUDA, m) {
-  m.impl("depthwise_conv_cuda_fwd", TORCH_FN(forward));
-  m.impl("depthwise_conv_cuda_bwd", TORCH_FN(backward));
+  m.impl("depthwise_conv_cuda_fwd_counted", TORCH_FN(forward));
+  m.impl("depthwise_conv_cuda_bwd_counted", TORCH_FN(backward));
 }
 
 }  // namespace

@@ -30,6 +30,10 @@ constexpr int kMostTiles = 16;                        // of a block: no sum in f
 constexpr int kLeastPixels = 32, kMostPixels = 4096;  // of a block of kAny, which has 8 warps
 constexpr int64_t kMostRows = 65535;                  // of a grid
 constexpr int64_t kScratch = 1 << 25;                 // floats of partial sums, about
+#ifndef NVAE_DEPTHWISE_GROUP
+#define NVAE_DEPTHWISE_GROUP 8
+#endif
+constexpr int kLeastGroup = NVAE_DEPTHWISE_GROUP;  // parts that one block reads at once
 
 int bytes_of(const Problem& p) { return p.storage == kFloat ? 4 : 2; }
 
@@ -48,7 +52,8 @@ Split cut(int64_t items, int64_t blocks_across, int64_t least, int64_t most, int
   const int64_t wanted = std::max<int64_t>(kBlocks / blocks_across, 1);
   int64_t per = std::min((items + wanted - 1) / wanted, most);
   per = std::max({per, least, (items + kMostRows - 1) / kMostRows, (items + room - 1) / room});
-  return {items, static_cast<int>(per), static_cast<int>((items + per - 1) / per)};
+  const int64_t parts = (items + per - 1) / per, group = std::max<int64_t>((parts + kMostGroups - 1) / kMostGroups, kLeastGroup);
+  return {items, static_cast<int>(per), static_cast<int>(parts), static_cast<int>(group), static_cast<int>((parts + group - 1) / group)};
 }
 
 bool aligned(uintptr_t bits, uintptr_t bytes) { return bits % bytes == 0; }
@@ -93,8 +98,12 @@ const char* refusal(const Problem& p) {
 int chosen(const Problem& p, const Forward& f) { return plan(p, f).variant; }
 int chosen(const Problem& p, const Backward& f) { return plan(p, f).variant; }
 
-int64_t scratch_floats(const Problem& p, const Forward& f) { return f.stats ? plan(p, f).split.parts * 3 * p.c : 0; }
-int64_t scratch_floats(const Problem& p, const Backward& f) { return plan(p, f).split.parts * (p.kernel * p.kernel + 2) * p.c; }
+int64_t scratch_floats(const Problem& p, const Plan& found, int rows) {
+  const int channels = found.variant == kAny ? 32 * found.word : 128 / bytes_of(p);
+  return static_cast<int64_t>(found.split.parts + found.split.groups) * rows * blocks_of(p, channels) * channels;
+}
+int64_t scratch_floats(const Problem& p, const Forward& f) { return f.stats ? scratch_floats(p, plan(p, f), 3) : 0; }
+int64_t scratch_floats(const Problem& p, const Backward& f) { return scratch_floats(p, plan(p, f), p.kernel * p.kernel + 2); }
 
 cudaError_t launch(const Problem& p, const Forward& f, cudaStream_t stream) {
   const Plan found = plan(p, f);

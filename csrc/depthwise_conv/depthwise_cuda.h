@@ -27,6 +27,7 @@ struct Forward {
   void* y;             // [n][out_h][out_w][c]
   float* stats;        // [2][c]: mean and biased variance of y as it is stored; or null
   float* scratch;      // scratch_floats of the problem
+  unsigned* tickets;   // tickets_of the problem
 };
 
 struct Backward {
@@ -36,8 +37,10 @@ struct Backward {
   const float* bn;
   const void* weight;
   void *du, *dweight;  // dweight: like weight
-  float* sums;         // [2][c]: sum(du), sum(du (x - mean)); null without bn
+  float* table;        // [7][c], the table of gradients of bn_act.h; null without bn
+  double share;        // of a value in the means behind bn, 1 / count; 0 where these stand fixed
   float* scratch;
+  unsigned* tickets;
 };
 
 // Why these arguments cannot run, null where they can. Everything below is a function of the arguments alone: sums are always taken
@@ -47,7 +50,10 @@ int chosen(const Problem&, const Forward&);
 int chosen(const Problem&, const Backward&);
 int64_t scratch_floats(const Problem&, const Forward&);
 int64_t scratch_floats(const Problem&, const Backward&);
-// On `stream` of the current device. The problem has n, c, h, w above 0.
+// How many zeros the launch wants at `tickets`, which it leaves zero: launches that may run at the same time must not share them.
+constexpr int kMostGroups = 32;  // of blocks with the same channels
+inline int64_t tickets_of(const Problem& p) { return (p.c + 31) / 32 * (1 + kMostGroups); }
+// One kernel, on `stream` of the current device. The problem has n, c, h, w above 0.
 cudaError_t launch(const Problem&, const Forward&, cudaStream_t stream);
 cudaError_t launch(const Problem&, const Backward&, cudaStream_t stream);
 

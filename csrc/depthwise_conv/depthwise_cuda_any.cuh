@@ -1,7 +1,7 @@
 // Kernels for every size: any odd kernel, stride, dilation, up-sampling and number of channels, straight from global memory, which
 // the first-level cache helps. A warp takes one pixel at a time, a lane V channels.
 #pragma once
-#include "depthwise_conv/depthwise_cuda_device.cuh"
+#include "depthwise_conv/depthwise_cuda_join.cuh"
 
 namespace nvae::depthwise_conv::cuda {
 
@@ -97,7 +97,8 @@ __global__ __launch_bounds__(kAnyThreads, 2) void any_forward(Problem p, Forward
   });
   if (f.stats == nullptr) return;
   join_warps<V, kAnyThreads>(moments, reinterpret_cast<float*>(shared));
-  if (threadIdx.x < 32 && lane_on) moments.write(f.scratch + blockIdx.y * 3 * p.c, p.c, channel);
+  if (threadIdx.x < 32) moments.write(part_of<32 * V>(f.scratch, split, 3, blockIdx.y), 32 * V, V * lane);
+  join_moments<32 * V, kAnyThreads>(p, f, split, shared);
 }
 
 // g at row y of the grid of the image that was convolved: false where there is none (outside, or between two of a stride).
@@ -126,9 +127,9 @@ struct Behind {  // c0 dy + c1 y + c2, or dy
   }
 };
 
-// du, and parts [kernel^2 + 2][c], last two rows: sum(du), sum(du (x - mean)).
+// du, and of the block's part [kernel^2 + 2][32 V] the last two rows: sum(du), sum(du (x - mean)).
 template <typename T, int V>
-__global__ __launch_bounds__(kAnyThreads, 2) void any_input_gradient(Problem p, Backward f, Split split) {
+__device__ __forceinline__ void any_input_gradient(const Problem& p, const Backward& f, const Split& split) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * V;
@@ -172,21 +173,22 @@ __global__ __launch_bounds__(kAnyThreads, 2) void any_input_gradient(Problem p, 
 #pragma unroll
   for (int j = 0; j < 2 * V; j++) total[(warp * 2 * V + j) * 32 + lane] = sums[j];
   __syncthreads();
-  if (warp || !lane_on) return;
-  float* part = f.scratch + (static_cast<int64_t>(blockIdx.y) * (p.kernel * p.kernel + 2) + p.kernel * p.kernel) * p.c + channel;
+  if (warp) return;
+  const int count = p.kernel * p.kernel;
+  float* part = part_of<32 * V>(f.scratch, split, count + 2, blockIdx.y) + count * 32 * V + lane * V;
 #pragma unroll
   for (int j = 0; j < 2 * V; j++) {
     float sum = 0.0f;
     for (int other = 0; other < kAnyThreads / 32; other++) sum += total[(other * 2 * V + j) * 32 + lane];
-    part[j / V * p.c + j % V] = sum;
+    part[j / V * 32 * V + j % V] = sum;
   }
 }
 
-// Rows of parts [kernel^2 + 2][c] from tap kAnyTaps blockIdx.z on.
+// Of the block's part [kernel^2 + 2][32 V] the rows from tap `first` on.
 template <typename T, int V>
-__global__ __launch_bounds__(kAnyThreads, 2) void any_weight_gradient(Problem p, Backward f, Split split) {
+__device__ __forceinline__ void any_weight_gradient(const Problem& p, const Backward& f, const Split& split, int first) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = p.kernel * p.kernel, first = blockIdx.z * kAnyTaps;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = p.kernel * p.kernel;
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * V;
   const int pad = p.dilation * (p.kernel / 2), twice = p.up - 1;  // a shift: 1 where the image has every pixel 2 x 2 times
   const bool lane_on = channel < p.c;
@@ -223,14 +225,25 @@ __global__ __launch_bounds__(kAnyThreads, 2) void any_weight_gradient(Problem p,
 #pragma unroll
     for (int j = 0; j < V; j++) total[((warp * kAnyTaps + t) * V + j) * 32 + lane] = dw[t][j];
   __syncthreads();
-  if (!lane_on || first + warp >= count) return;  // warp w adds up tap w
-  float* part = f.scratch + (static_cast<int64_t>(blockIdx.y) * (count + 2) + first + warp) * p.c + channel;
+  if (first + warp >= count) return;  // warp w adds up tap w
+  float* part = part_of<32 * V>(f.scratch, split, count + 2, blockIdx.y) + (first + warp) * 32 * V + lane * V;
 #pragma unroll
   for (int j = 0; j < V; j++) {
     float sum = 0.0f;
     for (int other = 0; other < kAnyThreads / 32; other++) sum += total[((other * kAnyTaps + warp) * V + j) * 32 + lane];
     part[j] = sum;
   }
+}
+
+// blockIdx.z: 0 takes the gradient of x, each further one that of kAnyTaps taps.
+template <typename T, int V>
+__global__ __launch_bounds__(kAnyThreads, 2) void any_backward(Problem p, Backward f, Split split) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  if (blockIdx.z == 0)
+    any_input_gradient<T, V>(p, f, split);
+  else
+    any_weight_gradient<T, V>(p, f, split, (blockIdx.z - 1) * kAnyTaps);
+  join_gradients<T, 32 * V, kAnyThreads>(p, f, split, p.kernel * p.kernel, shared);
 }
 
 }  // namespace nvae::depthwise_conv::cuda

@@ -1,6 +1,7 @@
 // Dense kernels of 3 x 3 and 5 x 5 at stride 1 on the CUDA cores. A block owns 128 bytes of channels and walks over tiles of TILE x
 // TILE outputs; a lane owns a word of channels, a warp some columns.
 #pragma once
+#include "depthwise_conv/depthwise_cuda_join.cuh"
 #include "depthwise_conv/depthwise_cuda_tile.cuh"
 
 namespace nvae::depthwise_conv::cuda {
@@ -87,13 +88,14 @@ __global__ __launch_bounds__(kCoreThreads, kCoreBlocks) void core_forward(Proble
   }
   if (f.stats == nullptr) return;
   join_warps<V, kCoreThreads>(moments, reinterpret_cast<float*>(tile));
-  if (warp == 0 && lane_on) moments.write(f.scratch + blockIdx.y * 3 * p.c, p.c, channel);
+  if (warp == 0) moments.write(part_of<32 * V>(f.scratch, split, 3, blockIdx.y), 32 * V, V * lane);
+  join_moments<32 * V, kCoreThreads>(p, f, split, tile);
 }
 
 // Both gradients from one staged tile of g: with a = act(u) of a pixel of x, which no halo is needed of,
 //   da[i, j] = sum w[m, n] g[i + p - m, j + p - n],   dw[m, n] += a[i, j] g[i + p - m, j + p - n].
 // A warp goes down its eight columns row by row; the next row of x is under way meanwhile. dw stays in registers over all tiles of
-// the block. parts [K K + 2][c] per block: dw, sum(du), sum(du (x - mean)).
+// the block, whose part [K K + 2][32 V] is dw, sum(du), sum(du (x - mean)).
 template <typename T, int K, int TILE>
 __global__ __launch_bounds__(kCoreThreads, kCoreBlocks) void core_backward(Problem p, Backward f, Split split) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -220,9 +222,9 @@ __global__ __launch_bounds__(kCoreThreads, kCoreBlocks) void core_backward(Probl
     }
     __syncthreads();
   }
-  float* part = f.scratch + static_cast<int64_t>(blockIdx.y) * (K * K + 2) * c;
-  for (int i = threadIdx.x; i < (K * K + 2) * 32 * V; i += kCoreThreads)
-    if (c0 + i % (32 * V) < c) part[static_cast<int64_t>(i / (32 * V)) * c + c0 + i % (32 * V)] = total[i];
+  float* part = part_of<32 * V>(f.scratch, split, K * K + 2, blockIdx.y);
+  for (int i = threadIdx.x; i < (K * K + 2) * 32 * V; i += kCoreThreads) part[i] = total[i];
+  join_gradients<T, 32 * V, kCoreThreads>(p, f, split, K * K, tile);
 }
 
 }  // namespace nvae::depthwise_conv::cuda

@@ -173,10 +173,10 @@ struct Moments {
     }
     count = total;
   }
-  // To parts [3][c]: count, mean, squares.
-  __device__ __forceinline__ void write(float* part, int64_t c, int64_t at) const {
+  // To part [3][width]: count, mean, squares.
+  __device__ __forceinline__ void write(float* part, int width, int at) const {
 #pragma unroll
-    for (int j = 0; j < V; j++) part[at + j] = count, part[c + at + j] = pivot[j], part[2 * c + at + j] = s2[j];
+    for (int j = 0; j < V; j++) part[at + j] = count, part[width + at + j] = pivot[j], part[2 * width + at + j] = s2[j];
   }
 };
 

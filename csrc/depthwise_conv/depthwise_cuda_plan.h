@@ -6,10 +6,10 @@
 
 namespace nvae::depthwise_conv::cuda {
 
-// Work items of a block: [part per, part per + per).
+// Work items of a block: [part per, part per + per). What the blocks find is joined in `groups` of `group` parts first.
 struct Split {
   int64_t items;
-  int per, parts;
+  int per, parts, group, groups;
 };
 
 struct Plan {

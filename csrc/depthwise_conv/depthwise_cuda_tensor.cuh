@@ -12,6 +12,7 @@
 // Row o of outputs is finished after staged row o + 4. Nobody needs the warp's chunk of staged row o any more then, so that the
 // outputs take its place, and leave in whole lines at the end.
 #pragma once
+#include "depthwise_conv/depthwise_cuda_join.cuh"
 #include "depthwise_conv/depthwise_cuda_tile.cuh"
 
 namespace nvae::depthwise_conv::cuda {
@@ -153,7 +154,7 @@ __global__ __launch_bounds__(kTensorThreads, 2) void tensor_forward(Problem p, F
     }
     __syncthreads();
   }
-  if (f.stats == nullptr || !warp_on) return;
+  if (f.stats == nullptr) return;
   // The warp owns its channels: joined over its pixels, which are 4 lanes apart.
 #pragma unroll 1
   for (int step = 4; step < 32; step *= 2) {
@@ -164,7 +165,8 @@ __global__ __launch_bounds__(kTensorThreads, 2) void tensor_forward(Problem p, F
       mean[j] = __shfl_xor_sync(~0u, moments.pivot[j], step), squares[j] = __shfl_xor_sync(~0u, moments.s2[j], step);
     moments.join(count, mean, squares);
   }
-  if (g == 0) moments.write(f.scratch + blockIdx.y * 3 * p.c, p.c, channel + 2 * q);
+  if (g == 0) moments.write(part_of<kChannels<T>>(f.scratch, split, 3, blockIdx.y), kChannels<T>, warp * 8 + 2 * q);
+  join_moments<kChannels<T>, kTensorThreads>(p, f, split, tile);
 }
 
 }  // namespace nvae::depthwise_conv::cuda

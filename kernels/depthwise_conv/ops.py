@@ -2,17 +2,17 @@
 
 A CUDA tensor has two implementations. `depthwise_conv_fwd` and `_bwd` are one there, `depthwise_conv_cuda_fwd` and `_bwd` the
 C++ one (impl="cuda"), with the same arguments and a `variant` that tests and measurements may force (0: by the table in
-csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor).
+csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor). Each is one launch, whose blocks count themselves with tickets
+(`_triton.tickets`): the C++ is registered for schemas `_counted`, which have them as their first argument.
 
 The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
-normalised x (of x without bn), the weight's, and the table of gradients [7, C] of the normalisation before it (bn_act/ops.py),
-of which the C++ one on CUDA has the first two rows.
+normalised x (of x without bn), the weight's, and the table of gradients [7, C] of the normalisation before it (bn_act/ops.py).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,28 @@ torch.library.define(  # du in the memory of dy: stride 1, no upsampling
     "-> (Tensor, Tensor)",
 )
 
-torch.library.define("nvae_fast::depthwise_conv_cuda_fwd", f"({_INPUT}, bool stats, int variant=0) -> (Tensor, Tensor)")
-torch.library.define(
-    "nvae_fast::depthwise_conv_cuda_bwd",
-    f"(Tensor dy, Tensor? y, Tensor? c, {_INPUT}, int variant=0) -> (Tensor, Tensor, Tensor)",
-)
+
+def counted(name: str) -> Callable[..., Any]:
+    """The schema `name` as its C++ runs it."""
+
+    def launch(image: Tensor, *others: Any, **options: Any) -> Any:
+        tickets = _triton.tickets(image.device, -(-image.shape[1] // 32) * 33)  # as tickets_of in depthwise_cuda.h
+        return getattr(torch.ops.nvae_fast, f"{name}_counted")(tickets, image, *others, **options)
+
+    return launch
+
+
+for _name, _arguments, _results in (
+    ("depthwise_conv_cuda_fwd", f"{_INPUT}, bool stats, int variant=0", "(Tensor, Tensor)"),
+    (
+        "depthwise_conv_cuda_bwd",
+        f"Tensor dy, Tensor? y, Tensor? c, {_INPUT}, float count=0., int variant=0",
+        "(Tensor, Tensor, Tensor)",
+    ),
+):
+    torch.library.define(f"nvae_fast::{_name}", f"({_arguments}) -> {_results}")
+    torch.library.define(f"nvae_fast::{_name}_counted", f"(Tensor(a!) tickets, {_arguments}) -> {_results}")
+    torch.library.impl(f"nvae_fast::{_name}", "cuda")(counted(_name))
 
 triton_can_run = _triton.can_run
 _triton.register("depthwise_conv", "depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_")
@@ -51,26 +68,6 @@ _compiled_cuda = native_predicate("cuda", torch.float32, torch.bfloat16, torch.f
 def raw_name(impl: str) -> str:
     """The schemas that this implementation runs are nvae_fast::<raw_name>_fwd and _bwd."""
     return "depthwise_conv_cuda" if impl == "cuda" else "depthwise_conv"
-
-
-def backward(
-    name: str,
-    dy: Tensor,
-    y: Tensor | None,
-    c: Tensor | None,
-    x: Tensor,
-    bn: Tensor | None,
-    act: int,
-    weight: Tensor,
-    sizes: tuple[int, int, int],
-    count: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dweight, the table of gradients [7, C], or [0, C] without bn) of the implementation with this `raw_name`."""
-    raw = torch.ops.nvae_fast
-    if name == "depthwise_conv":
-        return raw.depthwise_conv_bwd(dy, y, c, x, bn, act, weight, *sizes, count)
-    du, dweight, sums = raw.depthwise_conv_cuda_bwd(dy, y, c, x, bn, act, weight, *sizes)
-    return du, dweight, sums if bn is None else raw.bn_act_gradients(sums, bn, count)
 
 
 def cpu_can_run(tensors: Sequence[Tensor]) -> str | None:
@@ -115,6 +112,7 @@ def _forward_shapes(
     return y, x.new_empty(2 if stats else 0, c, dtype=torch.float32)
 
 
+@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")
 @torch.library.register_fake("nvae_fast::depthwise_conv_bwd")
 def _backward_shapes(
     dy: Tensor,
@@ -128,15 +126,10 @@ def _backward_shapes(
     dilation: int,
     upsample: int,
     count: float = 0.0,
-    rows: int = GRADIENTS,
+    variant: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    table = x.new_empty(0 if bn is None else rows, x.shape[1], dtype=torch.float32)
+    table = x.new_empty(0 if bn is None else GRADIENTS, x.shape[1], dtype=torch.float32)
     return empty_image(x, *x.shape), weight.new_empty(weight.shape), table
-
-
-@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")
-def _cuda_backward_shapes(*args: Any, variant: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_shapes(*args[:10], rows=2)
 
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_bwd_")

@@ -9,7 +9,6 @@ way in (c0 dy + c1 y + c2) and leaves the two sums that the one before it needs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +107,7 @@ class InvertedResidual(torch.autograd.Function):
             ddepthwise, table = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1, counts[1])
         else:
             sizes = stride, 1, upsample
-            du, ddepthwise, table = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, sizes, counts[1])
+            du, ddepthwise, table = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, *sizes, counts[1])
         del t2
         c, parts1 = gradients(1, table, bn1)
         du, dexpand, table = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
@@ -120,4 +119,4 @@ class InvertedResidual(torch.autograd.Function):
 def _raw_ops(impl: str) -> tuple[Any, Any, Any]:
     """(all, depthwise_conv's forward and backward)"""
     raw, name = torch.ops.nvae_fast, depthwise_ops.raw_name(impl)
-    return raw, getattr(raw, f"{name}_fwd"), functools.partial(depthwise_ops.backward, name)
+    return raw, getattr(raw, f"{name}_fwd"), getattr(raw, f"{name}_bwd")

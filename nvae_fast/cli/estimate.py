@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     device = device_of(args)
     precision = train.precision_of(args, device)
     if args.launches:
-        print_launches(config, precision)
+        print_launches(config, precision, args.memory)
         return
     budget = available_memory(device) if budget is None else budget
     tracer = Tracer(config, precision=precision)
@@ -84,17 +84,21 @@ def plain_footprint(config: NVAEConfig, precision: str) -> Footprint:
     return Tracer(config, precision=precision, rival=plain).footprint("fast", config.training.batch_size)
 
 
-def print_launches(config: NVAEConfig, precision: str) -> None:
+def print_launches(config: NVAEConfig, precision: str, memory: str) -> None:
     """The counts of `benchmarks.launches`, in all and by name down to those that are a hundredth of ours."""
     from nvae_fast.benchmarks.launches import GOAL, UPLOAD, count, count_sampling
 
-    ours, plain = count(config, precision=precision)
+    ours, without, plain = count(config, precision=precision, memory=memory)
     own, uploads = (sum(n for name, n in ours.items() if pick(name)) for pick in (is_kernel, UPLOAD.__eq__))
     verdict = "at most" if ours.total() <= GOAL else "ABOVE"
     batch, rest = config.training.batch_size, ours.total() - own - uploads
-    print(f"{config.name}, batch {batch}, {precision}: launches of a training step on a GPU, counted without one")
+    print(
+        f"{config.name}, batch {batch}, {precision}, memory {memory}: launches of a training step on a GPU, counted without one"
+    )
     parts = f"{own} of our kernels, {uploads} uploads, {rest} of torch's operations"
     print(f"  ours   {ours.total():6d}: {parts}; {verdict} the {GOAL} aimed at")
+    if without != ours:
+        print(f"         {without.total():6d} where the extension was built without CUDA, with Triton's kernels alone")
     print(f"  plain  {plain.total():6d}: {plain.total() / ours.total():.1f} times as many")
     for name, n in ours.most_common():
         if n >= ours.total() / 100:

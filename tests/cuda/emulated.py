@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels.bn_act.ops import GRADIENTS
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "depthwise_conv"
 EMULATOR = Path(__file__).parent / "emulator"
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g0", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-FLAGS += ["-DNVAE_DEPTHWISE_BLOCKS=3"]  # so that a block has many tiles to walk over
+FLAGS += ["-DNVAE_DEPTHWISE_BLOCKS=5", "-DNVAE_DEPTHWISE_GROUP=2"]  # so that a block has many tiles, and there are groups
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VARIANTS = {"auto": 0, "any": 1, "core": 2, "tensor": 3}
 
@@ -27,11 +29,12 @@ class Problem(ctypes.Structure):
 
 
 class Forward(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "bn", "weight", "y", "stats", "scratch")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "bn", "weight", "y", "stats", "scratch", "tickets")]
 
 
 class Backward(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("dy", "y", "c", "x", "bn", "weight", "du", "dweight", "sums", "scratch")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("dy", "y", "c", "x", "bn", "weight", "du", "dweight", "table")]
+    _fields_ += [("share", ctypes.c_double), ("scratch", ctypes.c_void_p), ("tickets", ctypes.c_void_p)]
 
 
 def compiler() -> str:
@@ -61,9 +64,10 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
         self.c.why_not.restype = ctypes.c_char_p
-        for name in ("forward_scratch", "backward_scratch"):
+        for name in ("forward_scratch", "backward_scratch", "tickets"):
             getattr(self.c, name).restype = ctypes.c_int64
         self.ran: list[str] = []
+        self.tickets = torch.zeros(1 << 10, dtype=torch.int32)
 
     def _problem(self, x, weight, stride, dilation, upsample, act, variant) -> Problem:
         n, c, h, w = x.shape
@@ -77,11 +81,22 @@ class Library:
         assert refusal is None, refusal
         both = ctypes.byref(problem), ctypes.byref(arguments)
         scratch = torch.empty(getattr(self.c, f"{kind}_scratch")(*both))
-        arguments.scratch = scratch.data_ptr()
+        assert self.tickets.numel() >= self.c.tickets(ctypes.byref(problem))
+        arguments.scratch, arguments.tickets = scratch.data_ptr(), self.tickets.data_ptr()
         self.ran.append(list(VARIANTS)[getattr(self.c, f"{kind}_variant")(*both)])
         error = getattr(self.c, kind)(*both)
         if error:
             raise RuntimeError(f"cuda error {error}")
+        assert not self.tickets.any(), "tickets are left zero"
+
+    def depthwise_conv_cuda_fwd(self, tickets: Tensor, *args, **options) -> tuple[Tensor, ...]:
+        """With the caller's tickets: the schema `_counted`."""
+        self.tickets = tickets
+        return self.forward(*args, **options)
+
+    def depthwise_conv_cuda_bwd(self, tickets: Tensor, *args, **options) -> tuple[Tensor, ...]:
+        self.tickets = tickets
+        return self.backward(*args, **options)
 
     def forward(self, x, bn, act, weight, stride, dilation, upsample, stats, variant=0) -> tuple[Tensor, Tensor]:
         x, weight = dense(x), weight.contiguous()
@@ -89,18 +104,20 @@ class Library:
         y = empty(x, problem.n, problem.c, problem.out_h, problem.out_w)
         found = torch.zeros(2 if stats else 0, problem.c)
         if y.numel():
-            self._run("forward", problem, Forward(*map(pointer, (x, bn, weight, y, found if stats else None)), None))
+            self._run("forward", problem, Forward(*map(pointer, (x, bn, weight, y, found if stats else None))))
         return y, found
 
-    def backward(self, dy, y, c, x, bn, act, weight, stride, dilation, upsample, variant=0) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dy, y, c, x, bn, act, weight, stride, dilation, upsample, count=0.0, variant=0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dy, y, x, weight = dense(dy), None if y is None else dense(y), dense(x), weight.contiguous()
         problem = self._problem(x, weight, stride, dilation, upsample, act, variant)
         du, dweight = empty(x, *x.shape), torch.zeros_like(weight)
-        sums = torch.zeros(0 if bn is None else 2, problem.c)
-        tensors = (dy, y, c, x, bn, weight, du, dweight, None if bn is None else sums)
+        table = torch.zeros(0 if bn is None else GRADIENTS, problem.c)
+        tensors = (dy, y, c, x, bn, weight, du, dweight, None if bn is None else table)
         if dy.numel():
-            self._run("backward", problem, Backward(*map(pointer, tensors), None))
-        return du, dweight, sums
+            self._run("backward", problem, Backward(*map(pointer, tensors), 1 / count if count else 0.0))
+        return du, dweight, table
 
 
 def dense(t: Tensor) -> Tensor:

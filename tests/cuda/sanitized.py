@@ -26,8 +26,8 @@ def run(library: Library, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         for first, act in ((bn, 1), (None, 0)):
             try:
                 y, _ = library.forward(x, first, act, weight, stride, dilation, up, True, variant)
-                library.backward(dense(*y.shape), y, torch.rand(3, c), x, first, act, weight, stride, dilation, up, variant)
-                library.backward(dense(*y.shape), None, None, x, first, act, weight, stride, dilation, up, variant)
+                for behind in ((y, torch.rand(3, c)), (None, None)):
+                    library.backward(dense(*y.shape), *behind, x, first, act, weight, stride, dilation, up, 9.0, variant)
             except RuntimeError as error:  # a kernel that does not take this shape
                 assert variant and str(error) == "cuda error 1", error
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nvae_fast.kernels import _impl, _triton
+from nvae_fast.kernels import _auto, _impl, _triton
 from nvae_fast.kernels.depthwise_conv import depthwise_conv, ops
 
 
@@ -32,6 +32,16 @@ def test_auto_takes_it_for_cuda_tensors_and_for_no_others(built, dtype):
         RuntimeError, match="impl='cuda' cannot run: it takes cuda tensors, not cpu; impl='auto' picks one that can"
     ):
         depthwise_conv(torch.zeros(1, 8, 4, 4), torch.zeros(8, 1, 3, 3), impl="cuda")
+
+
+def test_the_table_of_reasons_is_what_auto_does(built, monkeypatch):
+    monkeypatch.setattr(_triton, "_missing", lambda: None)
+    x, weight = on_cuda(torch.float32, 2, 8, 4, 4), on_cuda(torch.float32, 8, 1, 5, 5)
+    taken = {op: _impl.resolve_impl(op, "auto", x, weight) for op, impls in _impl._ops.items() if "cuda" in impls}
+    assert taken == dict.fromkeys(_auto.CUDA, "cuda")
+    assert all("predicted, not measured" in rule.why for rule in _auto.CUDA.values())
+    monkeypatch.setattr(ops, "_no_cuda_code", lambda: "no CUDA")
+    assert all(_impl.resolve_impl(op, "auto", x, weight) == "triton" for op in _auto.CUDA)
 
 
 def test_why_not(built, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from emulated import VARIANTS
@@ -9,7 +11,7 @@ from norms import check_stats, image, needs_native, tensor
 
 pytestmark = needs_native
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SWISH = 1
+SWISH, COUNT = 1, 77.0
 BACKWARD = [
     (2, 40, 9, 17, 5), (3, 72, 8, 7, 5), (2, 24, 10, 6, 3), (2, 30, 5, 6, 3), (1, 18, 6, 5, 5, 2), (1, 16, 4, 5, 5, 1, 1, 2)
 ]  # fmt: skip
@@ -48,9 +50,9 @@ def test_statistics_of_the_output(library, shape, mean, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", BACKWARD, ids=str)
 def test_gradients_behind_a_normalisation(library, shape, dtype):
-    """Against the C++ of the CPU on the same values in float32."""
+    """Against the C++ of the CPU on the same values in float32; the table of gradients against the sums of du as stored."""
     given = arguments(*shape, dtype=dtype)
-    found = library.backward(*given)
+    found = library.backward(*given, COUNT)
     truth = torch.ops.nvae_fast.depthwise_conv_bwd(*(t.float() if torch.is_tensor(t) else t for t in given))
     eps = torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 1)  # both sides round then
     for got, exact in zip(found[:2], truth[:2], strict=True):
@@ -58,8 +60,35 @@ def test_gradients_behind_a_normalisation(library, shape, dtype):
     du, x, mean = found[0].double(), given[3].double(), given[4][0].double().view(1, -1, 1, 1)
     sums = torch.stack((du.sum((0, 2, 3)), (du * (x - mean)).sum((0, 2, 3))))
     largest = (du.abs() * (x - mean).abs().clamp_min(1)).sum((0, 2, 3)).max()
-    assert (found[2] - sums).abs().max() <= 4 * torch.finfo(torch.float32).eps * largest
+    table = found[2]
+    assert (table[:2] - sums).abs().max() <= 4 * torch.finfo(torch.float32).eps * largest
+    for count, rows in (
+        (COUNT, table),
+        (0.0, library.backward(*given)[2]),
+        (float("inf"), library.backward(*given, math.inf)[2]),
+    ):
+        assert torch.equal(rows[:2], table[:2])
+        torch.testing.assert_close(rows, torch.ops.nvae_fast.bn_act_gradients(table[:2], given[4], count), rtol=1e-6, atol=1e-7)
     assert library.backward(*given[:4], None, *given[5:])[2].shape == (0, shape[1])
+
+
+def test_fixed_statistics_keep_nan_in_its_pixel(library):
+    given = arguments(2, 16, 4, 5, 3)
+    given[0][1, 3, 2, 2] = float("nan")
+    table = library.backward(*given)[2]
+    assert table[:3].isnan().sum(1).tolist() == [1, 1, 1] and not table[4:6].any() and table[6].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("variant", ["any", "core", "tensor"])
+def test_one_launch_each_way(library, variant):
+    """As `nvae-fast estimate --launches` counts them."""
+    given = arguments(9, 40, 17, 20, 5, dtype=torch.float16)
+    before = library.c.launches()
+    library.forward(*given[3:], True, VARIANTS[variant])
+    assert library.c.launches() - before == 1
+    if variant != "tensor":
+        library.backward(*given, COUNT, VARIANTS[variant])
+        assert library.c.launches() - before == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +97,7 @@ def test_every_kernel_agrees(library, shape, dtype):
     given = arguments(*shape, dtype=dtype)
     for kind, run in (
         ("forward", lambda v: library.forward(*given[3:], True, v)),
-        ("backward", lambda v: library.backward(*given, v)),
+        ("backward", lambda v: library.backward(*given, COUNT, v)),
     ):
         found = {}
         for name in ("any", "core", "tensor"):
@@ -93,7 +122,7 @@ def test_the_same_bits_whatever_runs_first(library, shape, dtype):
     runs = []
     for backwards in (False, True, False):
         library.c.set_reversed(backwards)
-        runs.append([*library.forward(*given[3:], True), *library.backward(*given)])
+        runs.append([*library.forward(*given[3:], True), *library.backward(*given, COUNT)])
     library.c.set_reversed(False)
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -111,7 +140,7 @@ def test_tensors_that_begin_anywhere(library, shape, dtype):
 
     for i in (0, 1, 3):
         odd = [moved(t) if j == i else t for j, t in enumerate(given)]
-        for a, b in zip(library.backward(*odd), library.backward(*given, VARIANTS["any"]), strict=True):
+        for a, b in zip(library.backward(*odd), library.backward(*given, variant=VARIANTS["any"]), strict=True):
             assert (a.float() - b.float()).abs().max() <= torch.finfo(dtype).eps * b.float().abs().max()
         assert library.ran[-2:] == ["any", "any"]
     odd = [moved(t) if t is given[3] else t for t in given[3:]]

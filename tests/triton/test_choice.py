@@ -62,7 +62,7 @@ def test_noise_and_images_that_need_a_gradient_go_to_the_reference(modern_gpu):
 def test_every_schema_has_a_launcher_for_cuda():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nvae_fast::")}
     without = {name[11:] for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")}
-    built = {"depthwise_conv_cuda_fwd", "depthwise_conv_cuda_bwd"}  # with nvcc alone
+    built = {"depthwise_conv_cuda_fwd_counted", "depthwise_conv_cuda_bwd_counted"}  # with nvcc alone
     of_lists = {"adamax_place", "adamax_squares", "adamax_step_"}  # what stands for them on a GPU takes an arena
     assert len(names) > 30 and without - built == of_lists | {"power_iteration_add"}  # shared_weights' own kernels add
     assert F.bn_act.__module__ == "nvae_fast.kernels.bn_act.api"

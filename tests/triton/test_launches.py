@@ -11,7 +11,7 @@ import torch
 
 from nvae_fast import functional as F
 from nvae_fast.benchmarks import launches as launches_module
-from nvae_fast.benchmarks.launches import UPLOAD, Launches, count, count_sampling, weight
+from nvae_fast.benchmarks.launches import UPLOAD, Counts, Launches, count, count_sampling, weight
 from nvae_fast.cells import Cell
 from nvae_fast.cli import main
 from nvae_fast.errors import RunError
@@ -63,7 +63,7 @@ def test_what_is_counted_is_launched(launches, monkeypatch, work):
     with launches() as real:
         work()
     monkeypatch.undo()  # the launchers in the place of their schemas, which is how `launches` reaches them
-    with Launches().on_gpu() as found:
+    with Launches().on_gpu(extension=False) as found:
         work()
     kernels = Counter(name for name in real if not name.startswith("torch."))
     assert kernels and kernels == Counter({name: n for name, n in found.names.items() if name.endswith("_kernel")})
@@ -72,28 +72,37 @@ def test_what_is_counted_is_launched(launches, monkeypatch, work):
 
 
 def test_the_count_of_a_small_preset():
-    """Ours is a cell's 11 and 11 launches, and the rest; the plain model's several times that."""
-    ours, plain = count(SMALL, precision="fp32", batch=2)
+    """Without the extension, ours is a cell's 11 and 11 launches, and the rest; with it a depthwise convolution is 1 and 1
+    instead of 2 and 3. The plain model's are several times that."""
+    ours, without, plain = count(SMALL, precision="fp32", batch=2)
     model = NVAE(SMALL)
     branches = sum(isinstance(m, InvertedResidual) for m in model.modules())
-    assert ours["pointwise_conv_fwd_kernel"] == 2 * branches and ours["depthwise_conv_du_kernel"] == branches
+    for found in (ours, without):
+        assert found["pointwise_conv_fwd_kernel"] == 2 * branches
+    own = {f"depthwise_conv_{name}_kernel" for name in ("fwd", "dweight", "du")}
+    native = {"depthwise_conv_cuda_fwd_kernel", "depthwise_conv_cuda_bwd_kernel"}
+    assert all(ours[name] == branches == without[other] for name in native for other in own)
+    assert not any(ours[other] or without[name] for name in native for other in own)
+    assert without.total() - ours.total() == 3 * branches
     assert ours["adamax_step_kernel"] == ours["adamax_squares_kernel"] == ours["weight_norm_fwd_kernel"] == 1
     assert ours["logistic_mixture_fwd_kernel"] == 0 and ours["residual_normal_fwd_kernel"] == len(SMALL.latent_shapes)
     assert not any(name.startswith(("adamax", "pointwise", "power_iteration", "weight_norm")) for name in plain)
-    assert ours.total() <= 346 and plain.total() >= 5 * ours.total()  # no step back: lower it with every launch that goes
+    assert without.total() <= 346 and plain.total() >= 5 * ours.total()  # no step back: lower it with every launch that goes
 
 
-def test_the_count_of_samples():
-    """A cell is two 1x1 convolutions, a normalised image, a depthwise convolution and the two of its squeeze-excitation:
-    no tables, no norms of weights, no copies of filters; of images there are two, at the top."""
-    ours, plain = count_sampling(SMALL, batch=1)
+@pytest.mark.parametrize("extension", [True, False])
+def test_the_count_of_samples(extension):
+    """A cell is two 1x1 convolutions, a depthwise convolution (without the extension of a normalised image) and the two of its
+    squeeze-excitation: no tables, no norms of weights, no copies of filters; of images there are two, at the top."""
+    ours, plain = count_sampling(SMALL, batch=1, extension=extension)
     decoder = NVAE(SMALL)
     cells = sum(isinstance(m, Cell) for part in (decoder.dec_tower, decoder.post_process) for m in part)
     kernels = {name: n for name, n in ours.items() if name.endswith("_kernel")}
-    counts = {f"{name}_kernel": cells for name in ("bn_act_fwd", "depthwise_conv_fwd", "se_residual_gate", "se_residual_fwd")}
+    depthwise = ["depthwise_conv_cuda_fwd"] if extension else ["bn_act_fwd", "depthwise_conv_fwd"]
+    counts = {f"{name}_kernel": cells for name in (*depthwise, "se_residual_gate", "se_residual_fwd")}
     counts |= {"pointwise_conv_fwd_kernel": 2 * cells, "residual_normal_sample_kernel": len(SMALL.latent_shapes)}
     assert kernels == counts and not ours[UPLOAD]
-    assert ours["torch.clone"] <= 2 and ours.total() <= 32 and plain.total() >= 8 * ours.total()
+    assert ours["torch.clone"] <= 2 and ours.total() <= 30 + 2 * (not extension) and plain.total() >= 8 * ours.total()
 
 
 def test_launches_of_operations_of_torch():
@@ -107,15 +116,22 @@ def test_launches_of_operations_of_torch():
 
 
 def test_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(launches_module, "count", lambda *args, **kwargs: (
-        Counter({"a_kernel": 1500, UPLOAD: 10, "torch.add": 995, "torch.mul": 5}), Counter({"torch.add": 5020})
-    ))  # fmt: skip
+    ours = Counter({"a_kernel": 1500, UPLOAD: 10, "torch.add": 995, "torch.mul": 5})
+    asked = []
+
+    def counted(config, **options):
+        asked.append(options)
+        return Counts(ours, ours + Counter({"b_kernel": 90}), Counter({"torch.add": 5020}))
+
+    monkeypatch.setattr(launches_module, "count", counted)
     found = Counter({"a_kernel": 90, "torch.add": 10}), Counter({"torch.add": 650})
     monkeypatch.setattr(launches_module, "count_sampling", lambda config: found)
-    assert main(["estimate", "--preset", "demo", "--launches", "--precision", "bf16"]) == 0
+    assert main(["estimate", "--preset", "demo", "--launches", "--precision", "bf16", "--memory", "low"]) == 0
+    assert asked == [{"precision": "bf16", "memory": "low"}]
     assert capsys.readouterr().out.splitlines() == [
-        "demo, batch 32, bf16: launches of a training step on a GPU, counted without one",
+        "demo, batch 32, bf16, memory low: launches of a training step on a GPU, counted without one",
         "  ours     2510: 1500 of our kernels, 10 uploads, 1000 of torch's operations; ABOVE the 2500 aimed at",
+        "           2600 where the extension was built without CUDA, with Triton's kernels alone",
         "  plain    5020: 2.0 times as many", "    1500  a_kernel", "     995  torch.add",
         "a batch of samples, fp32: ours 100 (90 of our kernels), plain 650: 6.5 times as many",
     ]  # fmt: skip

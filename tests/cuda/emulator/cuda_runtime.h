@@ -64,6 +64,7 @@ struct Fiber {
   jmp_buf place;       // from which it goes on
   Wait wait;
   int operations;  // warp-wide ones and barriers so far
+  int votes;       // of them __syncthreads_or
 };
 
 inline bool reversed = false;
@@ -76,7 +77,8 @@ inline int current;
 inline ucontext_t scheduler;
 inline jmp_buf scheduler_place;
 inline const std::function<void()>* body;
-inline dim3 thread_index, block_index;
+inline dim3 thread_index, block_index, grid_size;
+inline int launches;  // so far
 
 // A fiber is entered once by swapcontext, which asks the kernel for the signal mask, and from then on by longjmp, which does not.
 // The address sanitizer follows the first alone.
@@ -150,6 +152,8 @@ inline cudaError_t run_grid(dim3 grid, unsigned threads, size_t bytes, unsigned 
   while (stacks.size() < threads) stacks.push_back(std::make_unique<char[]>(kStack));
   fibers.resize(std::max<size_t>(fibers.size(), threads));
   for (auto& words : exchange) words.assign(threads * kWords, 0);
+  launches++;
+  grid_size = grid;
   body = &kernel;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   bool fine = true;
@@ -157,10 +161,11 @@ inline cudaError_t run_grid(dim3 grid, unsigned threads, size_t bytes, unsigned 
     const uint64_t at = reversed ? blocks - 1 - b : b;
     block_index = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
     std::memset(shared, 0xff, bytes);
+    any_of[0] = false;
     ASAN_POISON_MEMORY_REGION(shared + bytes, kShared - bytes);
     for (unsigned i = 0; i < threads; i++) {
       Fiber& f = fibers[i];
-      f.wait = kReady, f.operations = 0;
+      f.wait = kReady, f.operations = f.votes = 0;
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = stacks[i].get(), f.context.uc_stack.ss_size = kStack, f.context.uc_link = &scheduler;
       makecontext(&f.context, enter, 0);
@@ -181,6 +186,7 @@ struct cudaLaunchConfig_t {
   size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
+inline const dim3& gridDim = emulator::grid_size;
 namespace nvae::depthwise_conv::cuda {
 alignas(128) inline unsigned char shared[emulator::kShared];
 }
@@ -202,7 +208,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline void __syncthreads() { emulator::wait(emulator::kBlock); }
 inline int __syncthreads_or(int value) {
-  const int n = emulator::fibers[emulator::current].operations;
+  const int n = emulator::fibers[emulator::current].votes++;  // the same in all warps, unlike the operations
   emulator::any_of[(n + 1) % 3] = false;
   emulator::any_of[n % 3] |= value != 0;
   emulator::wait(emulator::kBlock);
@@ -225,6 +231,16 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
 template <typename T>
 T __ldg(const T* p) {
   return *p;
+}
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* p, unsigned most) {  // blocks run one after the other
+  const unsigned old = *p;
+  *p = old >= most ? 0 : old + 1;
+  return old;
 }
 inline size_t __cvta_generic_to_shared(const void* p) {
   return static_cast<const unsigned char*>(p) - nvae::depthwise_conv::cuda::shared;

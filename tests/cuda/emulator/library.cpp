@@ -22,6 +22,8 @@ int forward_variant(const Problem* p, const Forward* f) { return chosen(*p, *f);
 int backward_variant(const Problem* p, const Backward* f) { return chosen(*p, *f); }
 int64_t forward_scratch(const Problem* p, const Forward* f) { return scratch_floats(*p, *f); }
 int64_t backward_scratch(const Problem* p, const Backward* f) { return scratch_floats(*p, *f); }
+int64_t tickets(const Problem* p) { return tickets_of(*p); }
+int launches() { return emulator::launches; }
 int forward(const Problem* p, const Forward* f) { return launch(*p, *f, nullptr); }
 int backward(const Problem* p, const Backward* f) { return launch(*p, *f, nullptr); }
 }
