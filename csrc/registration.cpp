@@ -5,6 +5,7 @@
 
 #include "adamax/adamax_cpu.h"
 #include "bn_act/bn_act_cpu.h"
+#include "bn_act/followed.h"
 #include "common/isa.h"
 #include "common/pool.h"
 #include "depthwise_conv/depthwise_conv_cpu.h"
@@ -16,22 +17,30 @@
 #include "se_residual/se_residual_cpu.h"
 #include "weight_norm/weight_norm_cpu.h"
 
+namespace {
+using nvae::bn_act::Followed;
+using Stats = Followed<nvae::bn_act::stats_cpu>;
+using Depthwise = Followed<nvae::depthwise_conv::forward_cpu, 1>;
+using Pointwise = Followed<nvae::pointwise_conv::forward_cpu, 1>;
+using Residual = Followed<nvae::se_residual::forward_cpu, 2>;
+}  // namespace
+
 TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("bn_act_stats", TORCH_FN(nvae::bn_act::stats_cpu));
+  m.impl("bn_act_stats", TORCH_FN(Stats::run));
   m.impl("bn_act_coefficients", TORCH_FN(nvae::bn_act::coefficients_cpu));
   m.impl("bn_act_gradients", TORCH_FN(nvae::bn_act::gradients_cpu));
   m.impl("bn_act_fwd", TORCH_FN(nvae::bn_act::forward_cpu));
   m.impl("bn_act_sums", TORCH_FN(nvae::bn_act::sums_cpu));
   m.impl("bn_act_bwd", TORCH_FN(nvae::bn_act::backward_cpu));
   m.impl("bn_act_affine_", TORCH_FN(nvae::bn_act::affine_cpu_));
-  m.impl("depthwise_conv_fwd", TORCH_FN(nvae::depthwise_conv::forward_cpu));
+  m.impl("depthwise_conv_fwd", TORCH_FN(Depthwise::run));
   m.impl("depthwise_conv_bwd", TORCH_FN(nvae::depthwise_conv::backward_cpu));
   m.impl("depthwise_conv_bwd_", TORCH_FN(nvae::depthwise_conv::backward_cpu_));
   m.impl("flow_cell_fwd", TORCH_FN(nvae::flow_cell::forward_cpu));
   m.impl("flow_cell_bwd", TORCH_FN(nvae::flow_cell::backward_cpu));
   m.impl("logistic_mixture_log_prob_fwd", TORCH_FN(nvae::logistic_mixture::forward_cpu));
   m.impl("logistic_mixture_log_prob_bwd", TORCH_FN(nvae::logistic_mixture::backward_cpu));
-  m.impl("pointwise_conv_fwd", TORCH_FN(nvae::pointwise_conv::forward_cpu));
+  m.impl("pointwise_conv_fwd", TORCH_FN(Pointwise::run));
   m.impl("pointwise_conv_bwd", TORCH_FN(nvae::pointwise_conv::backward_cpu));
   m.impl("power_iteration_fwd", TORCH_FN(nvae::power_iteration::forward_cpu));
   m.impl("power_iteration_add", TORCH_FN(nvae::power_iteration::add_cpu));
@@ -40,7 +49,7 @@ TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
   m.impl("residual_normal_bwd", TORCH_FN(nvae::residual_normal::backward_cpu));
   m.impl("normal_log_prob_fwd", TORCH_FN(nvae::residual_normal::log_prob_forward_cpu));
   m.impl("normal_log_prob_bwd", TORCH_FN(nvae::residual_normal::log_prob_backward_cpu));
-  m.impl("se_residual_fwd", TORCH_FN(nvae::se_residual::forward_cpu));
+  m.impl("se_residual_fwd", TORCH_FN(Residual::run));
   m.impl("se_residual_bwd", TORCH_FN(nvae::se_residual::backward_cpu));
   m.impl("weight_norm_fwd", TORCH_FN(nvae::weight_norm::forward_cpu));
   m.impl("weight_norm_bwd", TORCH_FN(nvae::weight_norm::backward_cpu));

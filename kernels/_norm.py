@@ -48,8 +48,8 @@ class Norm(NamedTuple):
 
 class Parts(NamedTuple):
     """The tensors of a Norm as an autograd function takes them: weight, bias, offset and stats in float32 (stats [2, C] of x
-    stand fixed, as in evaluation, or were taken already; None where they are to be taken), then what a batch moves (None:
-    nothing). Or the gradients of these."""
+    stand fixed, as in evaluation, or were taken already; a table [5, C] is all that there is to do; None where they are to be
+    taken), then what a batch moves (None: nothing). Or the gradients of these."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -58,6 +58,30 @@ class Parts(NamedTuple):
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     batches: Tensor | None = None
+
+
+class Following(NamedTuple):
+    """The last arguments of a raw op that takes statistics of its output, in `FOLLOWING` of its schema: the normalisation that
+    follows, for which it then returns the table bn [5, C] in the place of mean and variance [2, C], with the running statistics
+    moved. numbers: eps, momentum, and how many times the normalised image has every pixel; empty: no normalisation is known."""
+
+    numbers: Sequence[float] = ()
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    offset: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    batches: Tensor | None = None
+
+    def rows(self, stats: bool) -> int:
+        """Rows of what the op returns."""
+        return (5 if self.numbers else 2) if stats else 0
+
+
+FOLLOWING = (
+    "float[] numbers=[], Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? norm_offset=None, "
+    "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor(c!)? batches=None"
+)
 
 
 class NormConfig(NamedTuple):
@@ -162,13 +186,23 @@ def config(norm: Norm, copies: int = 1) -> NormConfig:
     return NormConfig(norm.eps, norm.momentum, norm.uses_batch, norm.group, copies)
 
 
+def following(p: Parts, c: NormConfig) -> Following:
+    """What the op that takes the statistics is told of the normalisation. None of it where they are joined with those of other
+    processes first, where the rate depends on the counter that goes with it, or where there are none to take."""
+    if p.stats is not None or c.group is not None or (c.momentum is None and p.running_mean is not None):
+        return Following()
+    return Following([c.eps, c.momentum or 0.0, c.copies], p.weight, p.bias, p.offset, p.running_mean, p.running_var, p.batches)
+
+
 def coefficients(x: Tensor, p: Parts, c: NormConfig) -> tuple[Tensor, float]:
     """(bn [5, C] = mean, var, 1/sigma, scale, shift; the number of values a gradient is averaged over) of the input x, with the
-    running statistics moved."""
+    running statistics moved: here, unless what took the statistics has done that as well."""
     raw, stats = torch.ops.nvae_fast, p.stats
     count = float(x.numel() // max(x.shape[1], 1))
     if stats is None:
-        stats = raw.bn_act_stats(x)
+        stats = raw.bn_act_stats(x, *following(p, c))
+    if len(stats) == 5:
+        return stats, count
     if not c.uses_batch:
         count = float("inf")  # fixed statistics: nothing of the gradient goes through them
     elif c.group is not None:

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bn_act/followed.h"
 #include "common/cpu_op.h"
 #include "cpu/kernels.h"
 
@@ -95,6 +96,15 @@ Tensor coefficients_cpu(const Tensor& stats_any, const OptionalTensor& weight_an
   move(*running_mean, in, 1.0, beside);
   move(*running_var, in + c, count / std::max(count - 1.0, 1.0), nullptr);
   return out;
+}
+
+Tensor followed_cpu(const Tensor& stats, const Tensor& image, at::ArrayRef<double> numbers, const OptionalTensor& weight,
+                    const OptionalTensor& bias, const OptionalTensor& offset, const OptionalTensor& running_mean,
+                    const OptionalTensor& running_var, const OptionalTensor& batches) {
+  if (numbers.empty()) return stats;
+  TORCH_CHECK(numbers.size() == 3, kOp, ": expected 3 numbers, eps, momentum and copies, not ", numbers.size());
+  const double count = static_cast<double>(image.size(0) * image.size(2) * image.size(3)) * numbers[2];
+  return coefficients_cpu(stats, weight, bias, numbers[0], running_mean, running_var, batches, numbers[1], count, offset);
 }
 
 void finish_gradients(const float* p, int64_t c, double count, float* o) {

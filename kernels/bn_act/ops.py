@@ -18,7 +18,7 @@ from nvae_fast.kernels._impl import native_predicate
 
 GRADIENTS = 7  # rows of a table of gradients
 
-torch.library.define("nvae_fast::bn_act_stats", "(Tensor x) -> Tensor")
+torch.library.define("nvae_fast::bn_act_stats", f"(Tensor x, {_norm.FOLLOWING}) -> Tensor")
 # And the running statistics moved by a batch of `count` values; without rate they average all batches. The running mean is that
 # of values that have an `offset` [C] beside those that the statistics are of.
 torch.library.define(
@@ -51,8 +51,8 @@ def empty_image(like: Tensor, *shape: int) -> Tensor:
 
 
 @torch.library.register_fake("nvae_fast::bn_act_stats")
-def _stats_shape(x: Tensor) -> Tensor:
-    return x.new_empty(2, x.shape[1], dtype=torch.float32)
+def _stats_shape(x: Tensor, *following: Any) -> Tensor:
+    return x.new_empty(_norm.Following(*following).rows(True), x.shape[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("nvae_fast::bn_act_coefficients")

@@ -3,11 +3,15 @@ float64; numbers per channel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvae_fast.kernels import _triton
+from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._tile import MEAN, RSTD, SCALE, SHIFT, VAR, load_row, store_row
 from nvae_fast.kernels.bn_act.ops import GRADIENTS
 
@@ -21,34 +25,54 @@ def move_row(running_ptr, stride, found, rate, c, C):
 
 
 @triton.jit
-def bn_act_coefficients_kernel(stats_ptr, weight_ptr, bias_ptr, offset_ptr, bn_ptr, mean_ptr, var_ptr, batches_ptr, eps, rate,
-                               unbiased, C, MEAN_STRIDE, VAR_STRIDE, AVERAGE: tl.constexpr,
-                               BLOCK_C: tl.constexpr):  # fmt: skip
+def store_coefficients(bn_ptr, mean, var, rate, c, C, norm):
+    """The table bn [5, C] of a normalisation (`following`), and its running statistics moved."""
+    weight_ptr, bias_ptr, offset_ptr, mean_ptr, var_ptr, _, eps, _, unbiased, MEAN_STRIDE, VAR_STRIDE = norm
+    mean, var = mean.to(tl.float32), var.to(tl.float32)  # the same bits whether they were stored in between or not
+    rstd = 1.0 / tl.sqrt(var.to(tl.float64) + eps)
+    scale = rstd
+    if weight_ptr is not None:
+        scale = rstd * load_row(weight_ptr, 0, c, C)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += load_row(bias_ptr, 0, c, C)
+    store_row(bn_ptr, MEAN, c, C, mean)
+    store_row(bn_ptr, VAR, c, C, var)
+    store_row(bn_ptr, RSTD, c, C, rstd)
+    store_row(bn_ptr, SCALE, c, C, scale)
+    store_row(bn_ptr, SHIFT, c, C, shift)
+    if mean_ptr is not None:
+        found = mean.to(tl.float64)
+        if offset_ptr is not None:
+            found += load_row(offset_ptr, 0, c, C)
+        move_row(mean_ptr, MEAN_STRIDE, found, rate, c, C)
+        move_row(var_ptr, VAR_STRIDE, var.to(tl.float64) * unbiased, rate, c, C)
+
+
+@triton.jit
+def store_stats(out_ptr, mean, var, block, c, C, norm):
+    """Of the columns c, of which `block` is the number: mean and variance [2, C], or the table [5, C] of the normalisation
+    that follows, with what a batch moves moved. To be called by the one program that has them (`joined_stats`)."""
+    if norm is None:
+        store_row(out_ptr, MEAN, c, C, mean)
+        store_row(out_ptr, VAR, c, C, var)
+    else:
+        batches_ptr, rate = norm[5], tl.cast(norm[7], tl.float64)
+        if batches_ptr is not None:
+            if block == 0:
+                tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+        store_coefficients(out_ptr, mean, var, rate, c, C, norm)
+
+
+@triton.jit
+def bn_act_coefficients_kernel(stats_ptr, bn_ptr, norm, C, AVERAGE: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program for all channels: batches changes once, behind those who read it. AVERAGE: the rate is 1 / batches."""
-    rate = tl.cast(rate, tl.float64)
+    batches_ptr, rate = norm[5], tl.cast(norm[7], tl.float64)
     if AVERAGE:
         rate = 1.0 / (tl.load(batches_ptr) + 1).to(tl.float64)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        mean, var = load_row(stats_ptr, 0, c, C), load_row(stats_ptr, 1, c, C)
-        rstd = 1.0 / tl.sqrt(var.to(tl.float64) + eps)
-        scale = rstd
-        if weight_ptr is not None:
-            scale = rstd * load_row(weight_ptr, 0, c, C)
-        shift = -mean * scale
-        if bias_ptr is not None:
-            shift += load_row(bias_ptr, 0, c, C)
-        store_row(bn_ptr, MEAN, c, C, mean)
-        store_row(bn_ptr, VAR, c, C, var)
-        store_row(bn_ptr, RSTD, c, C, rstd)
-        store_row(bn_ptr, SCALE, c, C, scale)
-        store_row(bn_ptr, SHIFT, c, C, shift)
-        if mean_ptr is not None:
-            found = mean.to(tl.float64)
-            if offset_ptr is not None:
-                found += load_row(offset_ptr, 0, c, C)
-            move_row(mean_ptr, MEAN_STRIDE, found, rate, c, C)
-            move_row(var_ptr, VAR_STRIDE, var.to(tl.float64) * unbiased, rate, c, C)
+        store_coefficients(bn_ptr, load_row(stats_ptr, 0, c, C), load_row(stats_ptr, 1, c, C), rate, c, C, norm)
     if batches_ptr is not None:
         tl.debug_barrier()
         tl.store(batches_ptr, tl.load(batches_ptr) + 1)
@@ -92,27 +116,49 @@ def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | Non
                         rate: float | None = None, count: float = 0.0, offset: Tensor | None = None) -> Tensor:  # fmt: skip
     channels = stats.shape[1]
     stats, bn = _triton.floats("statistics", stats, 2, channels), stats.new_empty(5, channels)
-    beside = {"weight": weight, "bias": bias, "offset": offset}
-    weight, bias, offset = (_triton.floats(name, t, channels) for name, t in beside.items())
-    if (running_mean is None) != (running_var is None):
-        raise RuntimeError("bn_act: expected both running_mean and running_var, or neither")
-    for running in (running_mean, running_var):
-        if running is not None and running.shape != (channels,):
-            raise RuntimeError(f"running statistics have shape {tuple(running.shape)}; expected {(channels,)}")
-    if batches is not None and batches.numel() != 1:
-        raise RuntimeError(f"the number of batches has shape {tuple(batches.shape)}; expected a scalar")
     average = rate is None and running_mean is not None
     if average and batches is None:
         raise RuntimeError("bn_act: an average over all batches needs their number")
-    if not count > 0:  # an empty batch counts and says nothing
-        running_mean = running_var = None
-    strides = [0 if t is None else t.stride(0) for t in (running_mean, running_var)]
-    numbers = eps, rate or 0.0, count / max(count - 1.0, 1.0) if count < float("inf") else 1.0
+    given = _norm.Following([eps, rate or 0.0, 1.0], weight, bias, offset, running_mean, running_var, batches)
     bn_act_coefficients_kernel[(1,)](
-        *(stats, weight, bias, offset, bn, running_mean, running_var, batches, *numbers, channels, *strides),
+        *(stats, bn, following(given, channels, count), channels),
         **dict(AVERAGE=average, BLOCK_C=_triton.power_of_2(channels, 1024)),
     )
     return bn
+
+
+def following(norm: Sequence[Any], channels: int, count: float) -> tuple[Any, ...] | None:
+    """What kernels take of the normalisation (`_norm.Following`) behind statistics of `count` values; None where there is
+    none."""
+    n = _norm.Following(*norm)
+    if not n.numbers:
+        return None
+    beside = {"weight": n.weight, "bias": n.bias, "offset": n.offset}
+    tables = [_triton.floats(name, t, channels) for name, t in beside.items()]
+    running = n.running_mean, n.running_var
+    if (n.running_mean is None) != (n.running_var is None):
+        raise RuntimeError("bn_act: expected both running_mean and running_var, or neither")
+    for t in running:
+        if t is not None and t.shape != (channels,):
+            raise RuntimeError(f"running statistics have shape {tuple(t.shape)}; expected {(channels,)}")
+    if n.batches is not None and n.batches.numel() != 1:
+        raise RuntimeError(f"the number of batches has shape {tuple(n.batches.shape)}; expected a scalar")
+    eps, rate, copies = n.numbers
+    count *= copies
+    if not count > 0:  # an empty batch counts and says nothing
+        running = None, None
+    unbiased = count / max(count - 1.0, 1.0) if count < float("inf") else 1.0
+    return *tables, *running, n.batches, eps, rate, unbiased, *(0 if t is None else t.stride(0) for t in running)
+
+
+def zero_stats(like: Tensor, channels: int, stats: bool, norm: Sequence[Any], count: float) -> Tensor:
+    """What a launcher returns as statistics of an image with `count` zeros a channel, where it launches nothing."""
+    found, n = like.new_zeros(2 if stats else 0, channels, dtype=torch.float32), _norm.Following(*norm)
+    if not (stats and n.numbers):
+        return found
+    eps, rate, copies = n.numbers
+    running = n.running_mean, n.running_var, n.batches
+    return bn_act_coefficients(found, n.weight, n.bias, eps, *running, rate, count * copies, n.offset)
 
 
 def bn_act_gradients(sums: Tensor, bn: Tensor, count: float) -> Tensor:

@@ -5,6 +5,8 @@ Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import join, joined_stats, joined_sums
+from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
@@ -25,14 +28,22 @@ from nvae_fast.kernels._tile import (
     store_rows,
 )
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
-from nvae_fast.kernels.bn_act.tables import bn_act_coefficients, bn_act_gradients, share, store_gradients  # noqa: F401
+from nvae_fast.kernels.bn_act.tables import (  # noqa: F401
+    bn_act_coefficients,
+    bn_act_gradients,
+    following,
+    share,
+    store_gradients,
+    store_stats,
+    zero_stats,
+)
 
 
 @triton.jit
-def bn_act_stats_kernel(x_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, CHUNK, WIDE: tl.constexpr,
+def bn_act_stats_kernel(x_ptr, out_ptr, norm, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, CHUNK, WIDE: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """out [2, C], mean and biased variance, of parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about
-    the mean of its first tile."""
+    """out [2, C], mean and biased variance, or [5, C] (`store_stats`), of parts [tasks, 2, C]: a task's mean and sum of
+    squares about it, from sums about the mean of its first tile."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = offset_of(task, WIDE) * CHUNK + tl.arange(0, BLOCK_M)
     rows = tl.minimum(M - offset_of(task, WIDE) * CHUNK, CHUNK).to(tl.float32)
@@ -49,8 +60,7 @@ def bn_act_stats_kernel(x_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M,
     store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(s2, 0) - total * total / rows)
     done, mean, var = joined_stats(parts_ptr, tickets_ptr, task, tl.program_id(1), c, M, C, CHUNK, TASKS, GROUP)
     if done:
-        store_row(out_ptr, 0, c, C, mean)
-        store_row(out_ptr, 1, c, C, var)
+        store_stats(out_ptr, mean, var, tl.program_id(1), c, C, norm)
 
 
 @_triton.autotuned("C")
@@ -130,14 +140,14 @@ def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, also_ptr, also2_ptr, M, C, WIDE: 
     store_rows(du_ptr, m, c, M, C, du)
 
 
-def bn_act_stats(x: Tensor) -> Tensor:
+def bn_act_stats(x: Tensor, *norm: Any) -> Tensor:
     x = _triton.image("x", x)
     rows, channels, grid, chunk, sizes = _reduction(x)
     if not x.numel():
-        return x.new_zeros(2, channels, dtype=torch.float32)
-    out = x.new_empty(2, channels, dtype=torch.float32)
+        return zero_stats(x, channels, True, norm, 0)
+    out, behind = x.new_empty(Following(*norm).rows(True), channels, dtype=torch.float32), following(norm, channels, rows)
     bn_act_stats_kernel[grid](
-        x, out, *join(x, grid[0], channels, grid[1]), rows, channels, chunk, WIDE=_triton.wide(x), **sizes
+        x, out, behind, *join(x, grid[0], channels, grid[1]), rows, channels, chunk, WIDE=_triton.wide(x), **sizes
     )
     return out
 

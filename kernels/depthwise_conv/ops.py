@@ -7,6 +7,7 @@ csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor). Each is one lau
 
 The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
 normalised x (of x without bn), the weight's, and the table of gradients [7, C] of the normalisation before it (bn_act/ops.py).
+The C++ one on CUDA does not know of a normalisation that follows.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._impl import load_native, native_predicate
+from nvae_fast.kernels._norm import FOLLOWING, Following
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 
 _INPUT = "Tensor x, Tensor? bn, int act, Tensor weight, int stride, int dilation, int upsample"
-torch.library.define("nvae_fast::depthwise_conv_fwd", f"({_INPUT}, bool stats) -> (Tensor, Tensor)")
+torch.library.define("nvae_fast::depthwise_conv_fwd", f"({_INPUT}, bool stats, {FOLLOWING}) -> (Tensor, Tensor)")
 torch.library.define(
     "nvae_fast::depthwise_conv_bwd", f"(Tensor dy, Tensor? y, Tensor? c, {_INPUT}, float count=0.) -> (Tensor, Tensor, Tensor)"
 )
@@ -94,7 +96,6 @@ def _no_cuda_code() -> str | None:
 vars(_no_cuda_code)["_dynamo_marked_constant"] = True  # see _impl.py
 
 
-@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_fwd")
 @torch.library.register_fake("nvae_fast::depthwise_conv_fwd")
 def _forward_shapes(
     x: Tensor,
@@ -105,11 +106,16 @@ def _forward_shapes(
     dilation: int,
     upsample: int,
     stats: bool,
-    variant: int = 0,
+    *following: Any,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     y = empty_image(x, n, c, (h * upsample - 1) // stride + 1, (w * upsample - 1) // stride + 1)
-    return y, x.new_empty(2 if stats else 0, c, dtype=torch.float32)
+    return y, x.new_empty(Following(*following).rows(stats), c, dtype=torch.float32)
+
+
+@torch.library.register_fake("nvae_fast::depthwise_conv_cuda_fwd")
+def _cuda_forward_shapes(*args: Any, variant: int = 0) -> tuple[Tensor, Tensor]:
+    return _forward_shapes(*args[:8])
 
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")

@@ -8,6 +8,8 @@ the weight's gradient by programs of the next kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import COLUMNS, NO_JOIN, join, join_columns, joined_stats, joined_sums
+from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
@@ -29,7 +32,7 @@ from nvae_fast.kernels._tile import (
 )
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
-from nvae_fast.kernels.bn_act.tables import share, store_gradients
+from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
 
 
 @triton.jit
@@ -39,11 +42,13 @@ def load_pixels(ptr, image, i, j, c, inside, H, W, C):
 
 
 @triton.jit
-def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, H, W, OUT_H, OUT_W,
-                              DILATION, CHUNK, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr,
-                              UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, out_ptr, norm, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, H, W, OUT_H,
+                              OUT_W, DILATION, CHUNK, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
+                              WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_C: tl.constexpr):  # fmt: skip
     """y [., OUT_H, OUT_W, C] of x [., H, W, C], whose pixels stand UP x UP times. out [2, C], mean and variance of y as stored,
-    of parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about the mean of its first tile."""
+    or [5, C] (`store_stats`), of parts [tasks, 2, C]: a task's mean and sum of squares about it, from sums about the mean
+    of its first tile."""
     C = multiple(C, UNIT)
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = offset_of(task, WIDE) * CHUNK
@@ -80,8 +85,7 @@ def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, out_ptr, parts_ptr, tickets_p
         store_row(parts, 1, c, C, tl.sum(s2, 0) - moved * moved / rows)
         done, mean, var = joined_stats(parts_ptr, tickets_ptr, task, tl.program_id(1), c, M, C, CHUNK, TASKS, GROUP)
         if done:
-            store_row(out_ptr, 0, c, C, mean)
-            store_row(out_ptr, 1, c, C, var)
+            store_stats(out_ptr, mean, var, tl.program_id(1), c, C, norm)
 
 
 @triton.jit
@@ -164,16 +168,16 @@ def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dpart
 
 
 def depthwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stride: int, dilation: int, upsample: int,
-                       stats: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+                       stats: bool, *norm: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, sizes = _triton.image("x", x), _sizes(x, weight, stride, dilation, upsample)
     y = empty_image(x, *x.shape[:2], sizes["OUT_H"], sizes["OUT_W"])
     if not y.numel():
-        return y, y.new_zeros(2 if stats else 0, y.shape[1], dtype=torch.float32)
+        return y, zero_stats(y, y.shape[1], stats, norm, 0)
     a, taps = _activated(x, bn, act, weight)
     rows, grid, chunk, tile = _tasks(y)
-    out = y.new_empty(2 if stats else 0, y.shape[1], dtype=torch.float32)
+    out, behind = y.new_empty(Following(*norm).rows(stats), y.shape[1], dtype=torch.float32), following(norm, y.shape[1], rows)
     parts = join(y, grid[0], y.shape[1], grid[1]) if stats else NO_JOIN
-    depthwise_conv_fwd_kernel[grid](a, taps, y, out, *parts, M=rows, CHUNK=chunk, WIDE=_wide(x, y), **sizes, **tile)
+    depthwise_conv_fwd_kernel[grid](a, taps, y, out, behind, *parts, M=rows, CHUNK=chunk, WIDE=_wide(x, y), **sizes, **tile)
     return y, out
 
 

@@ -3,8 +3,9 @@
     x --bn0, 1x1--> t1 --bn1, swish, depthwise--> t2 --bn2, swish, 1x1--> t3 --bn3--> y
 
 Every stage reads the tensor before its normalisation, which is applied on the way in, and takes the statistics of what it
-writes on the way out. The backward walks the same stages down: each takes the backward of the normalisation behind it on the
-way in (c0 dy + c1 y + c2) and leaves the two sums that the one before it needs.
+writes on the way out, up to the table of the normalisation that follows. The backward walks the same stages down: each takes
+the backward of the normalisation behind it on the way in (c0 dy + c1 y + c2) and leaves the two sums that the one before it
+needs.
 """
 
 from __future__ import annotations
@@ -68,12 +69,14 @@ class InvertedResidual(torch.autograd.Function):
         def wanted(i: int) -> bool:
             return norms[i].stats is None
 
+        behind = [_norm.following(n, c) for n, c in zip(norms, configs, strict=True)]
         bn0, n0 = ready(0, x, None)
-        t1, taken, _ = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, wanted(1), False)
+        t1, taken, _ = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, wanted(1), False, *behind[1])
         bn1, n1 = ready(1, t1, taken)
-        t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2))
+        known = () if impl == "cuda" else behind[2]
+        t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2), *known)
         bn2, n2 = ready(2, t2, taken)
-        t3, taken, _ = raw.pointwise_conv_fwd(t2, bn2, _SWISH, project, wanted(3), False)
+        t3, taken, _ = raw.pointwise_conv_fwd(t2, bn2, _SWISH, project, wanted(3), False, *behind[3])
         bn3, n3 = ready(3, t3, taken)
         kept = (None, None) if low else (t1, t2)
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)

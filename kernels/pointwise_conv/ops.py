@@ -8,16 +8,19 @@ the table of gradients [7, C_in] of the normalisation before it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels._norm import FOLLOWING, Following
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 
 torch.library.define(
     "nvae_fast::pointwise_conv_fwd",
-    "(Tensor x, Tensor? bn, int act, Tensor weight, bool stats, bool means) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor? bn, int act, Tensor weight, bool stats, bool means, {FOLLOWING}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "nvae_fast::pointwise_conv_bwd",
@@ -32,11 +35,11 @@ _triton.register("pointwise_conv", "pointwise_conv_fwd", "pointwise_conv_bwd")
 
 @torch.library.register_fake("nvae_fast::pointwise_conv_fwd")
 def _forward_shapes(
-    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool
+    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool, *following: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, out = x.shape[0], weight.shape[0]
     y = empty_image(x, n, out, *x.shape[2:])
-    found = x.new_empty(2 if stats else 0, out, dtype=torch.float32)
+    found = x.new_empty(Following(*following).rows(stats), out, dtype=torch.float32)
     return y, found, x.new_empty(n if means else 0, out, dtype=torch.float32)
 
 

@@ -8,6 +8,8 @@ the last tile, those of the weight's gradient by programs of the next kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import COLUMNS, NO_JOIN, join, join_columns, joined_stats, joined_sums
+from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
@@ -30,7 +33,7 @@ from nvae_fast.kernels._tile import (
     store_rows,
 )
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
-from nvae_fast.kernels.bn_act.tables import share, store_gradients
+from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
 
 PROGRAMS = 256  # that a GPU should get at least: two for each of its multiprocessors
 
@@ -68,11 +71,12 @@ def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS: tl.constexpr):
 
 
 @triton.jit
-def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, sums_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, P,
-                              ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, sums_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M,
+                              K, N, P, ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
                               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """y = A W^T. out [2, N], mean and variance of y as stored, of parts [tiles, 2, N]: a tile's mean and sum of squares about
-    it. sums [images + tiles, N]: row image + tile is the sum of y over the rows of that image (of P) in that tile."""
+    """y = A W^T. out [2, N], mean and variance of y as stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's mean
+    and sum of squares about it. sums [images + tiles, N]: row image + tile is the sum of y over the rows of that image (of P)
+    in that tile."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
     tile, block, n = tile_of(tl.program_id(0), N, BLOCK_N)
     first = offset_of(tile, WIDE) * BLOCK_M
@@ -100,8 +104,7 @@ def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, sums_ptr, pa
         store_row(parts_ptr + offset_of(tile, WIDE) * 2 * N, 1, n, N, tl.sum(d * d, 0))
         done, mean, var = joined_stats(parts_ptr, tickets_ptr, tile, block, n, M, N, BLOCK_M, TASKS, GROUP)
         if done:
-            store_row(out_ptr, 0, n, N, mean)
-            store_row(out_ptr, 1, n, N, var)
+            store_stats(out_ptr, mean, var, block, n, N, norm)
 
 
 @triton.jit
@@ -169,21 +172,21 @@ def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr
     store_rows(parts_ptr + task.to(tl.int64) * N * K, n, k, N, K, total)
 
 
-def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool,
-                       means: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool,
+                       *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, weight = _triton.image("x", x), _weight(weight, x)
     images, pixels, sizes = x.shape[0], x.shape[2] * x.shape[3], _sizes(x, weight)
     rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
     bn, y = _triton.floats("coefficients", bn, 5, fan), empty_image(x, images, out, *x.shape[2:])
-    found = [x.new_empty(n, out, dtype=torch.float32) for n in (2 if stats else 0, images if means else 0)]
+    found = [x.new_empty(n, out, dtype=torch.float32) for n in (Following(*norm).rows(stats), images if means else 0)]
     if not y.numel() or not fan:
-        return y.zero_(), *(t.zero_() for t in found)
+        return y.zero_(), zero_stats(x, out, stats, norm, rows), found[1].zero_()
     block_m, block_n, block_k, options = _tile(WITH_MEANS if means else FORWARD, x, rows, out, fan)
     count = triton.cdiv(rows, block_m)
     parts = join(x, count, out, triton.cdiv(out, block_n)) if stats else NO_JOIN
     sums = x.new_empty(images + count, out, dtype=torch.float32) if means else None
     pointwise_conv_fwd_kernel[(count * triton.cdiv(out, block_n),)](
-        *(x, bn, weight, y, found[0], sums, *parts),
+        *(x, bn, weight, y, found[0], following(norm, out, rows), sums, *parts),
         **sizes | options,
         **dict(P=pixels, ACT=act, WIDE=_wide(x, y), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
     )

@@ -13,12 +13,13 @@ from torch import Tensor
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels._norm import FOLLOWING, Following
 from nvae_fast.kernels.bn_act.ops import empty_image
 
 torch.library.define(
     "nvae_fast::se_residual_fwd",
     "(Tensor skip, Tensor x, Tensor? bn, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? x_means, float residual_scale,"
-    " bool stats) -> (Tensor, Tensor, Tensor)",
+    f" bool stats, {FOLLOWING}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "nvae_fast::se_residual_bwd",
@@ -42,9 +43,10 @@ def _forward_shapes(
     x_means: Tensor | None,
     residual_scale: float,
     stats: bool,
+    *following: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = 0 if w1 is None else 3 * x.shape[1] + w1.shape[0]
-    found = x.new_empty(2 if stats else 0, x.shape[1], dtype=torch.float32)
+    found = x.new_empty(Following(*following).rows(stats), x.shape[1], dtype=torch.float32)
     return empty_image(x, *x.shape), x.new_empty(x.shape[0], width, dtype=torch.float32), found
 
 

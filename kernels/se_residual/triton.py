@@ -9,6 +9,7 @@ the relu). Sums are taken in a fixed order.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import arrive, join, joined_stats
+from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import SCALE, load_row, load_rows, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import empty_image
+from nvae_fast.kernels.bn_act.tables import following, store_stats
 from nvae_fast.kernels.se_residual._device import add_images, factor_of, find_gate, find_shares, load_shift, store_parts
 
 
@@ -39,10 +42,12 @@ def se_residual_gate_kernel(x_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state
 
 
 @triton.jit
-def se_residual_fwd_kernel(skip_ptr, x_ptr, bn_ptr, state_ptr, y_ptr, out_ptr, parts_ptr, tickets_ptr, residual_scale, M, P, C,
-                           H, CHUNK, TASKS, GROUP, BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+def se_residual_fwd_kernel(skip_ptr, x_ptr, bn_ptr, state_ptr, y_ptr, out_ptr, norm, parts_ptr, tickets_ptr, residual_scale,
+                           M, P, C, H, CHUNK, TASKS, GROUP, BIAS: tl.constexpr, WIDE: tl.constexpr,
+                           BLOCK_M: tl.constexpr,
                            BLOCK_C: tl.constexpr):  # fmt: skip
-    """y = skip + (a x + b); out [2, C], mean and biased variance of y as it is stored, where a tile is CHUNK rows."""
+    """y = skip + (a x + b); out [2, C], mean and biased variance of y as it is stored, or [5, C] (`store_stats`), where a tile
+    is CHUNK rows."""
     task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles = tl.cdiv(P, BLOCK_M)
     m = offset_of(task % tiles, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,8 +65,7 @@ def se_residual_fwd_kernel(skip_ptr, x_ptr, bn_ptr, state_ptr, y_ptr, out_ptr, p
         store_row(parts_ptr + task * 2 * C, 1, c, C, tl.sum(y * y, 0))
         done, mean, var = joined_stats(parts_ptr, tickets_ptr, task, tl.program_id(1), c, M, C, CHUNK, TASKS, GROUP)
         if done:
-            store_row(out_ptr, 0, c, C, mean)
-            store_row(out_ptr, 1, c, C, var)
+            store_stats(out_ptr, mean, var, tl.program_id(1), c, C, norm)
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def se_residual_bwd_kernel(dy_ptr, bn_ptr, state_ptr, shares_ptr, dx_ptr, dbn_pt
 
 def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None,
                     b2: Tensor | None, x_means: Tensor | None, residual_scale: float,
-                    stats: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                    stats: bool, *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, skip = _triton.image("x", x), _triton.image("skip", skip, x)
     images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
     (bn, bias), x_means = _before(bn, channels), _triton.floats("x_means", x_means, images, channels)
@@ -129,9 +133,10 @@ def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | Non
         joined: tuple[Tensor | int | None, ...] = None, None, 0, 0
         if stats and whole * block_c >= 512:
             block_m, joined = whole, join(x, images * pixels // whole, channels, across)
-        found = x.new_empty(2 if stats else 0, channels, dtype=torch.float32)
+        found = x.new_empty(Following(*norm).rows(stats), channels, dtype=torch.float32)
+        behind = None if joined[0] is None else following(norm, channels, images * pixels)
         se_residual_fwd_kernel[(images * triton.cdiv(pixels, block_m), across)](
-            *(skip, x, bn, state if hidden else None, y, found, *joined[:2], residual_scale),
+            *(skip, x, bn, state if hidden else None, y, found, behind, *joined[:2], residual_scale),
             *(images * pixels, pixels, channels, hidden, block_m, *joined[2:]),
             num_warps=8,  # with 4, the statistics do not fit into the registers
             BIAS=bias,
@@ -141,7 +146,7 @@ def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | Non
         )
         if joined[0] is not None or not stats:
             return y, state, found
-    return y, state, bn_act.bn_act_stats(y) if stats else x.new_empty(0, channels, dtype=torch.float32)
+    return y, state, bn_act.bn_act_stats(y, *norm) if stats else x.new_empty(0, channels, dtype=torch.float32)
 
 
 def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None, w2: Tensor | None, state: Tensor,

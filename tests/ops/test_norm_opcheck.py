@@ -27,8 +27,14 @@ def arguments() -> dict[str, tuple]:
     state, ungated = (
         RAW.se_residual_fwd(skip, x, None, *gate, None, 0.1, False)[1] for gate in ((w1, b1, w2, b2), (None,) * 4)
     )
+    moves = [1e-5, 0.1, 1.0], weight, bias, None, tensor(6), tensor(6).abs(), torch.tensor(3)
     return {
         "bn_act_stats": (x,),
+        "bn_act_stats followed": (x, *moves),
+        "pointwise_conv_fwd followed": (x, bn, 1, tensor(6, 6, 1, 1), True, True, *moves),
+        "depthwise_conv_fwd followed": (x, bn, 1, taps, 1, 1, 1, True, *moves),
+        "depthwise_conv_fwd followed plain": (x, bn, 1, taps, 1, 1, 1, True, [1e-5, 0.1, 1.0]),
+        "se_residual_fwd followed": (skip, x, bn, w1, b1, w2, b2, None, 0.1, True, *moves),
         "bn_act_coefficients": (stats, weight, bias, 1e-5),
         "bn_act_coefficients plain": (stats, None, None, 1e-5),
         "bn_act_coefficients moves": (stats, weight, bias, 1e-5, tensor(6), tensor(6).abs(), torch.tensor(3), 0.1, 40.0),

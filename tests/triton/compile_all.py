@@ -45,6 +45,11 @@ CONSTANTS = dict(ACT=1, WIDE=False, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK
 CONSTANTS |= dict(AVERAGE=True, BIAS=False, C_ROWS=3, LOG_BETA1=-0.1, NEAR=True, DECAY=True, TERMS=False)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
 JOIN = "parts_ptr", "tickets_ptr"
+NORM = {  # the normalisation that follows, a tuple; strides of 1 are constants
+    **dict.fromkeys(("weight_ptr", "bias_ptr", "offset_ptr", "mean_ptr", "var_ptr"), "*fp32"),
+    **{"batches_ptr": "*i64", "eps": "fp32", "rate": "fp32", "unbiased": "fp32"},
+    **dict.fromkeys(("MEAN_STRIDE", "VAR_STRIDE"), "constexpr"),
+}
 DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
 PRIOR, ALSO = ("mu_p_ptr", "log_sigma_p_ptr"), ("also_mu_p_ptr", "also_log_sigma_p_ptr")
@@ -90,19 +95,25 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
 }
 ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 then, which Triton makes constants
     "bn_act_coefficients_kernel": [("weight_ptr", "offset_ptr"), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
+    "bn_act_stats_kernel": [("norm",), ("offset_ptr", "batches_ptr")],
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
     "bn_act_bwd_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
     "bn_act_affine_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
-    "depthwise_conv_fwd_kernel": [("parts_ptr",)],
+    "depthwise_conv_fwd_kernel": [("norm",), ("parts_ptr", "norm")],
     "depthwise_conv_dweight_kernel": [("y_ptr", "c_ptr", "g_ptr")],
     "depthwise_conv_du_kernel": [("x_ptr", "bn_ptr", "parts_ptr")],
-    "pointwise_conv_fwd_kernel": [("sums_ptr",), ("parts_ptr", "sums_ptr"), ("bn_ptr", "parts_ptr", "sums_ptr")],
+    "pointwise_conv_fwd_kernel": [
+        ("sums_ptr",),
+        ("norm",),
+        ("parts_ptr", "sums_ptr", "norm"),
+        ("bn_ptr", *JOIN, "sums_ptr", "norm"),
+    ],
     "pointwise_conv_du_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr", "parts_ptr"), ("bn_ptr", "parts_ptr")],
     "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
     "power_iteration_sweep_kernel": [("norms_ptr",), ("norms_ptr", "shares_ptr")],
     "power_iteration_finish_kernel": [("norms_ptr",)],
     "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr", "TASKS")],
-    "se_residual_fwd_kernel": [JOIN, (*JOIN, "bn_ptr"), (*JOIN, "state_ptr"), (*JOIN, "state_ptr", "bn_ptr")],
+    "se_residual_fwd_kernel": [("norm",), JOIN, (*JOIN, "bn_ptr"), (*JOIN, "state_ptr"), (*JOIN, "state_ptr", "bn_ptr")],
     "se_residual_dgate_kernel": [("bn_ptr",), ("w1_ptr", "w2_ptr", "tickets_ptr", "shares_ptr")],
     "se_residual_bwd_kernel": [
         ("bn_ptr", "dbn_ptr"),
@@ -175,7 +186,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         | dict.fromkeys(("RESULT", "GIVEN"), TYPES[storage])
         | tile
         | {"WIDE": wide, "STORED": TYPES[storage]}
-        | {n: None if n.endswith("_ptr") else 1 for n in absent}
+        | {n: None if n.endswith("_ptr") or n == "norm" else 1 for n in absent}
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
     )
     multiples = ("C", "K", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
@@ -185,6 +196,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         kinds[n] = f"*{pointed}" if n.endswith("_ptr") else "fp32" if n in REALS else "i32"
         if n.endswith("_table"):
             kinds[n] = "*i64"
+        if n == "norm":
+            kinds[n] = "tuple"
         if n in ("M", "P", "ELEMENTS", "ROWS") and wide:
             kinds[n] = "i64"
         if ones and kinds[n] == "i32":
@@ -193,12 +206,19 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
             kinds[n] = "constexpr"
     if "layout" in tile:
         multiples += "P", "CHUNK", *(n for n in names if n.endswith(("_b", "_c", "_z")))  # not a pixel's: 40 or 100 values
-    divisible = [i for i, n in enumerate(names) if n not in constants and (kinds[n][0] == "*" or n in multiples)]
+    divisible = [(i,) for i, n in enumerate(names) if n not in constants and (kinds[n][0] == "*" or n in multiples)]
+    fixed = {(names.index(n),): v for n, v in constants.items() if n in names}
+    if kinds.get("norm") == "tuple":
+        fields = {n: "constexpr" if n in absent else kind for n, kind in NORM.items()}
+        kinds["norm"] = tuple(fields.values())
+        places = {n: (names.index("norm"), i) for i, n in enumerate(NORM)}
+        fixed |= {places[n]: None if n in absent else 1 for n, kind in fields.items() if kind == "constexpr"}
+        divisible += [places[n] for n, kind in fields.items() if kind[0] == "*"]
     source = ASTSource(
         fn=kernel,
         signature=kinds,
-        constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        constexprs=fixed,
+        attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )
     options = dict(num_warps=tile.get("num_warps", 4), num_stages=1 if name.startswith("flow_cell") else 3)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -1,0 +1,59 @@
+"""Raw ops that are told of the normalisation that follows: what the two ops, one after the other, give."""
+
+from __future__ import annotations
+
+import torch
+from norms import image, se_tensors, tensor
+from torch import Tensor
+
+RAW = torch.ops.nvae_fast
+WAYS = {  # which parts the normalisation has, of which types and strides
+    "all": {},
+    "plain": dict(weight=None, bias=None, offset=None, mean=None, var=None, batches=None),
+    "no counter": dict(batches=None, offset=None),
+    "no statistics": dict(mean=None, var=None),
+    "other buffers": dict(
+        mean=torch.zeros(400, dtype=torch.float64)[::2], var=torch.ones(200, dtype=torch.float16), copies=4.0
+    ),
+}
+
+
+def calls(channels: int, h: int, w: int, batch: int = 2) -> dict[str, tuple[str, tuple, int]]:
+    """By name: a raw op, its arguments before those of the normalisation, and which of its outputs are the statistics."""
+    x = image(batch, channels, h, w)
+    skip, branch, *gate = se_tensors(batch, channels, h, w)
+    return {
+        "bn_act": ("bn_act_stats", (x,), 0),
+        "pointwise": ("pointwise_conv_fwd", (image(batch, 9, h, w), None, 0, tensor(channels, 9, 1, 1), True, True), 1),
+        "depthwise": ("depthwise_conv_fwd", (x, None, 0, tensor(channels, 1, 3, 3), 1, 1, 1, True), 1),
+        "se": ("se_residual_fwd", (skip, branch, None, *gate, None, 0.1, True), 2),
+    }
+
+
+def check_followed(name: str, args: tuple, i: int, *, weight=True, bias=True, offset=True, mean=True, var=True, batches=True,
+                   copies: float = 1.0) -> Tensor:  # fmt: skip
+    """The table [5, C], to the bit what the op for coefficients makes of the statistics; so are the buffers moved."""
+    op = getattr(RAW, name)
+    apart = op(*args)
+    apart = apart if isinstance(apart, tuple) else (apart,)
+    stats, channels = apart[i], apart[i].shape[1]
+    affine = [None if t is None else tensor(channels, seed=s) for s, t in enumerate((weight, bias, offset))]
+    buffers = [None if t is None else torch.ones(channels) if t is True else t[:channels] for t in (mean, var)]
+    buffers.append(None if batches is None else torch.tensor(3))
+    first, second = ([None if t is None else t.new_tensor(t.tolist()) for t in buffers] for _ in range(2))
+    if buffers[0] is not None and buffers[0].stride(0) > 1:
+        second[0] = torch.empty_strided(buffers[0].shape, (2,), dtype=buffers[0].dtype).copy_(first[0])
+    image = args[0] if name == "bn_act_stats" else apart[0]
+    count = image.numel() // channels * copies
+    bn = RAW.bn_act_coefficients(stats, *affine[:2], 0.25, *first, 0.1, count, affine[2])
+    found = op(*args, [0.25, 0.1, copies], *affine, *second)
+    found = found if isinstance(found, tuple) else (found,)
+    assert found[i].shape == (5, channels) and bn.isfinite().all()
+    for a, b in zip((*apart[:i], bn, *apart[i + 1 :], *first), (*found, *second), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    if mean is True and count > 0:
+        moved = 0.9 + 0.1 * (stats[0] + (0 if affine[2] is None else affine[2]))
+        torch.testing.assert_close(second[0], moved)
+        torch.testing.assert_close(second[1], 0.9 + 0.1 * stats[1] * count / max(count - 1, 1))
+    assert batches is None or second[2] == 4
+    return found[i]
