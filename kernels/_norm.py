@@ -17,9 +17,10 @@ class Norm(NamedTuple):
 
     weight, bias, running_mean, running_var: [C] or None; num_batches_tracked: integer scalar or None; the rest as in
     nn.BatchNorm2d. stats: mean and biased variance [2, C] of the batch where an op has returned them for its output, so that
-    they are not taken again; they carry no gradient, being a function of x that the backward accounts for. offset: [C] or None,
-    a bias that x lacks, u being of x + offset. Statistics of the batch take it away again: the running mean alone moves by it,
-    and its gradient is 0.
+    they are not taken again; they carry no gradient, being a function of x that the backward accounts for. Or, instead of
+    these, the table [5, C] of this very normalisation, which `se_residual(next_norm=...)` has returned with the running
+    statistics moved. offset: [C] or None, a bias that x lacks, u being of x + offset. Statistics of the batch take it away
+    again: the running mean alone moves by it, and its gradient is 0.
     """
 
     weight: Tensor | None = None
@@ -38,6 +39,11 @@ class Norm(NamedTuple):
     def uses_batch(self) -> bool:
         """Statistics are the batch's, not the running ones."""
         return self.training or self.running_mean is None
+
+    @property
+    def finished(self) -> bool:
+        """There is nothing left to take, nor to move."""
+        return self.stats is not None and len(self.stats) == 5
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -115,8 +121,13 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "norm") -> None
         t = getattr(norm, field)
         if t is not None and t.shape != (channels,):
             raise ValueError(f"{field} of shape {tuple(t.shape)}: expected ({channels},), the channels of {name}")
-    if norm.stats is not None and norm.stats.shape != (2, channels):
-        raise ValueError(f"stats of shape {tuple(norm.stats.shape)}: expected (2, {channels}), mean and variance of {name}")
+    if norm.stats is not None and norm.stats.shape not in ((2, channels), (5, channels)):
+        raise ValueError(
+            f"stats of shape {tuple(norm.stats.shape)}: expected (2, {channels}), mean and variance of {name}, "
+            f"or (5, {channels}), what se_residual(next_norm=...) returns"
+        )
+    if norm.finished and not norm.uses_batch:
+        raise ValueError("stats of a finished normalisation, which uses those of the batch: expected training, or stats=None")
     check_beside(x, **{f: getattr(norm, f) for f in ("weight", "bias", "offset", "running_mean", "running_var", "stats")})
     if not norm.eps >= 0:
         raise ValueError(f"eps {norm.eps}: expected a number >= 0, such as 1e-5")
@@ -191,7 +202,15 @@ def following(p: Parts, c: NormConfig) -> Following:
     processes first, where the rate depends on the counter that goes with it, or where there are none to take."""
     if p.stats is not None or c.group is not None or (c.momentum is None and p.running_mean is not None):
         return Following()
-    return Following([c.eps, c.momentum or 0.0, c.copies], p.weight, p.bias, p.offset, p.running_mean, p.running_var, p.batches)
+    return Following((c.eps, c.momentum or 0.0, c.copies), p.weight, p.bias, p.offset, p.running_mean, p.running_var, p.batches)
+
+
+def following_of(norm: Norm | None) -> Following:
+    """The same of a norm whose op takes part in no gradient of it; nothing where it takes no statistics of the batch."""
+    if norm is None or not norm.uses_batch:
+        return Following()
+    parts = (None if t is None else t.detach() for t in tensors(norm))
+    return following(Parts(*parts), config(norm))
 
 
 def coefficients(x: Tensor, p: Parts, c: NormConfig) -> tuple[Tensor, float]:

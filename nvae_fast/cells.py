@@ -69,8 +69,8 @@ class ActConv(nn.Module):
                                      dilation, data_init=not bn)  # fmt: skip
 
     def forward(self, x: Tensor, stats: Tensor | None = None, *, return_x: int = 0) -> Any:
-        """`stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: return (y, x) or (y, x, x),
-        as `functional.conv2d` does."""
+        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them. `return_x`: return (y, x) or
+        (y, x, x), as `functional.conv2d` does."""
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
             norm = self.bn.norm._replace(stats=stats)
@@ -155,9 +155,18 @@ class Cell(nn.Module):
         )
         self.se = SqueezeExcite(out_channels) if use_se else None
 
-    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_stats: bool = False, return_x: bool = False) -> Any:
-        """`stats`: mean and variance [2, C] of x where the op before has returned them; `return_stats`: return (out, stats of
-        out), the latter None where they do not come for nothing; `return_x`: and x behind them, for what else reads it."""
+    @property
+    def first_norm(self) -> F.Norm | None:
+        """The normalisation of x, every pixel of it once, that the first op begins with."""
+        op = self.ops[0]
+        bn = op.bn if isinstance(op, ActConv) else None if op.upsample else op.bn_in
+        return None if bn is None else bn.norm
+
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_stats: bool = False,
+                next_norm: F.Norm | None = None, return_x: bool = False) -> Any:  # fmt: skip
+        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them; `return_stats`: return (out,
+        stats of out), the latter None where they do not come for nothing; `next_norm`: the normalisation of out that follows,
+        as `functional.se_residual` takes it; `return_x`: and x behind them, for what else reads it."""
         *first, last = self.ops
         options: dict[str, Any] = {} if stats is None else {"stats": stats}
         if x.requires_grad and torch.is_grad_enabled():
@@ -169,11 +178,12 @@ class Cell(nn.Module):
             if "return_x" in options:
                 rest, passed = rest[: -options["return_x"]], rest[-options["return_x"] :]
             options = {}
-        bn = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
+        options = {"return_stats": return_stats, "next_norm": next_norm}
+        options["bn"] = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
         if self.se is not None:
-            found = self.se.residual(self.skip(passed[0]), y, bn=bn, return_stats=return_stats)
+            found = self.se.residual(self.skip(passed[0]), y, **options)
         else:
-            found = F.se_residual(self.skip(passed[0]), y, None, None, None, None, bn=bn, return_stats=return_stats)
+            found = F.se_residual(self.skip(passed[0]), y, None, None, None, None, **options)
         return (*(found if return_stats else (found,)), passed[1]) if return_x else found
 
 
@@ -210,9 +220,11 @@ def run_cells(
 ) -> Tensor:
     """Cells one after the other. A DecoderCombiner among them is called as combine(module, h), an EncoderCombiner only sees h,
     as look(h): as the cell behind it hands h on, which then adds the gradient that comes back with its own. In training a cell
-    hands on the statistics of its output where the next one normalises it first: they come for nothing."""
+    hands on the statistics of its output where the next one normalises it first: they come for nothing, and with them that
+    normalisation, finished."""
     stats, seen = None, False
-    for module, behind in zip(modules, [*modules[1:], None], strict=True):
+    for i, module in enumerate(modules):
+        behind = next((m for m in modules[i + 1 :] if not isinstance(m, EncoderCombiner)), None)
         if isinstance(module, EncoderCombiner):
             if isinstance(behind, Cell):
                 seen = True
@@ -221,8 +233,9 @@ def run_cells(
         elif not isinstance(module, Cell):
             h, stats = combine(module, h), None
         else:
-            wanted = module.training and isinstance(behind, (Cell, EncoderCombiner))
-            found = module(h, stats, return_stats=wanted, return_x=seen)
+            wanted = module.training and isinstance(behind, Cell)
+            norm = behind.first_norm if wanted else None
+            found = module(h, stats, return_stats=wanted, next_norm=norm, return_x=seen)
             h, *rest = found if isinstance(found, tuple) else (found,)
             if seen:
                 look(rest.pop())

@@ -50,7 +50,8 @@ def bn_act(
         momentum: weight of the new batch; None averages all batches with equal weight.
         act: "swish" (u sigmoid(u)), "elu" (u, or exp(u) - 1 below 0) or "identity".
         process_group: joins the batches of this group's processes when training; None uses this process's alone.
-        stats: mean and biased variance [2, C] of x where another op has returned them; the reference takes its own.
+        stats: mean and biased variance [2, C] of x where another op has returned them, or the table [5, C] of this
+            normalisation (`Norm`); the reference takes its own.
         offset: [C] or None, a bias that x lacks: the normalisation is of x + offset. Statistics of the batch take it away
             again: the running mean alone moves by it, and its gradient is 0.
         return_x: how many others read x too, 2 at most: return (y, x) or (y, x, x), for each of them one. The gradients that

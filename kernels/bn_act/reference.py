@@ -13,7 +13,8 @@ from nvae_fast.kernels._norm import Norm
 def normalised(x: Tensor, norm: Norm, act: str) -> Tensor:
     """act(norm(x))"""
     options = dict(training=norm.training, momentum=norm.momentum, eps=norm.eps, process_group=norm.process_group)
-    return bn_act(x, *norm[:5], act=act, offset=norm.offset, **options)
+    moves = (None,) * 3 if norm.finished else norm[2:5]
+    return bn_act(x, *norm[:2], *moves, act=act, offset=norm.offset, **options)
 
 
 def bn_act(

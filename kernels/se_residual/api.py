@@ -29,6 +29,7 @@ def se_residual(
     bn: Tensor | None = None,
     bias: Tensor | None = None,
     return_stats: bool = False,
+    next_norm: _norm.Norm | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """y = skip + residual_scale * x * sigmoid(w2 relu(w1 mean_hw(x) + b1) + b2), the gate per image and channel.
@@ -47,6 +48,10 @@ def se_residual(
             costs no pass. Its gradient comes from the sums that are taken anyway. Not beside bn, which has one.
         return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them; None
             where they would cost a pass of their own (the reference).
+        next_norm: the normalisation of y that follows, which is then finished where the statistics are taken: beside y comes
+            what the one op that has it before it takes as `next_norm._replace(stats=...)`. A table [5, C]: the running
+            statistics are moved here and not by that op. Or what `return_stats` gives, and they are not, where more is to be
+            done first: where batches of several processes are joined, or all batches averaged.
         impl: "auto", "reference", "cpu" (float32, bfloat16) or "triton" (CUDA; float16 too). The reference alone can be
             differentiated twice.
 
@@ -80,6 +85,10 @@ def se_residual(
         raise ValueError(
             f"bn of shape {tuple(bn.shape)} and {bn.dtype}: expected float32 (5, {x.shape[1]}), as inverted_residual returns it"
         )
+    if next_norm is not None:
+        _norm.check_norm(next_norm, x, x.shape[1], "y")
+        _norm.check_batch(next_norm, x.numel() // max(x.shape[1], 1), x.shape)
+        return_stats = True
     if skip.dtype != x.dtype and impl == "auto":
         impl = _impl.unless_chosen("se_residual")
     impl = _auto.choose("se_residual", impl, [skip, x], [t for t in (w1, bias) if t is not None], fused=bn is not None)
@@ -90,5 +99,6 @@ def se_residual(
     dtype = torch.promote_types(skip.dtype, x.dtype)
     w1, b1, w2, b2, bias = (None if t is None else t.float() for t in (w1, b1, w2, b2, bias))
     before = bn if bias is None else bias
-    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), before, w1, b1, w2, b2, residual_scale, return_stats)
+    settings = residual_scale, return_stats, *_norm.following_of(next_norm)
+    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), before, w1, b1, w2, b2, *settings)
     return (y, stats) if return_stats else y

@@ -85,8 +85,10 @@ class SEResidual(torch.autograd.Function):
         b2: Tensor | None,
         residual_scale: float,
         stats: bool,
+        *following: Any,
     ) -> tuple[Tensor, Tensor]:
-        y, state, found = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, w1, b1, w2, b2, None, residual_scale, stats)
+        gate = w1, b1, w2, b2
+        y, state, found = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, *gate, None, residual_scale, stats, *following)
         ctx.save_for_backward(x, bn, w1, w2, state)
         ctx.residual_scale = residual_scale
         ctx.mark_non_differentiable(found)
@@ -101,4 +103,4 @@ class SEResidual(torch.autograd.Function):
         dx = next(found)
         dbn = None if bn is None else next(found)
         gate = tuple(found) or (None,) * 4
-        return dy if ctx.needs_input_grad[0] else None, dx, dbn, *gate, None, None
+        return dy if ctx.needs_input_grad[0] else None, dx, dbn, *gate, *(None for _ in ctx.needs_input_grad[7:])

@@ -55,8 +55,8 @@ class InvertedResidual(nn.Module):
 
     def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True, return_x: int = 0) -> Any:
         """(t, bn): the output with its last normalisation still to be done by `functional.se_residual(bn=...)`,
-        or (y, None). `stats`: mean and variance [2, C] of x where the op before has returned them. `return_x`: and x behind
-        them, as often as `functional.inverted_residual` returns it."""
+        or (y, None). `stats`: of x where the op before has returned them, as `functional.Norm` takes them. `return_x`: and x
+        behind them, as often as `functional.inverted_residual` returns it."""
         if self.depthwise.groups != self.depthwise.in_channels:
             y = self._grouped(x, stats)
             return outputs(y, None, [x] * return_x, defer)

@@ -48,7 +48,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         )  # fmt: skip
 
     def forward(self, x: Tensor, stats: Tensor | None = None, **options: int) -> Any:
-        """`stats`: mean and variance [2, C] of x where the op before has returned them; `options`: `return_x` of
+        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them; `options`: `return_x` of
         `functional.bn_act`."""
         self._check_input_dim(x)
         n = self.norm

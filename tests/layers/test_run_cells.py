@@ -58,10 +58,13 @@ def run(modules: list[nn.Module], *, chained: bool) -> dict[str, Tensor]:
     return {"y": h.detach(), "dx": x.grad} | grads | dict(found.named_buffers())
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("memory", "training"), [("fast", True), ("balanced", True), ("low", True), ("balanced", False)])
 @pytest.mark.parametrize("ops", OPS.values(), ids=list(OPS))
-def test_the_numbers_are_those_of_one_cell_after_the_other(ops, training):
+def test_the_numbers_are_those_of_one_cell_after_the_other(ops, memory, training):
+    """The running statistics among them: they move once."""
     modules = [m.train(training) for m in tower(ops)]
+    for op in (op for m in modules if isinstance(m, Cell) for op in m.ops):
+        op.memory = memory
     plain, got = (run(modules, chained=chained) for chained in (False, True))
     assert plain.keys() == got.keys()
     for name, t in plain.items():  # the gradient of a bias before a normalisation is 0 but for rounding
@@ -71,11 +74,13 @@ def test_the_numbers_are_those_of_one_cell_after_the_other(ops, training):
 @needs_native
 @pytest.mark.parametrize("ops", ["residual", "branch"])
 def test_a_cell_behind_a_cell_takes_no_statistics_of_what_it_reads(ops):
+    """Nor anything else of its first normalisation, unless that reads every pixel more than once."""
     counts = []
     for chained in (False, True):
-        with Calls("bn_act_stats") as calls:
+        with Calls("bn_act_stats") as stats, Calls("bn_act_coefficients") as coefficients:
             run([m.train() for m in tower(OPS[ops])], chained=chained)
-        counts.append(calls.count)
+        counts.append(stats.count)
+        assert coefficients.count == (chained and ops == "branch")
     assert counts[0] - counts[1] == 3
 
 

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import torch
-from norms import image, se_tensors, tensor
+from norms import (
+    bn_act,
+    branch,
+    branch_norms,
+    branch_tensors,
+    dense,
+    depthwise,
+    image,
+    norm,
+    outcome,
+    pointwise,
+    se_tensors,
+    tensor,
+)
 from torch import Tensor
+
+from nvae_fast import functional as F
 
 RAW = torch.ops.nvae_fast
 WAYS = {  # which parts the normalisation has, of which types and strides
@@ -57,3 +72,28 @@ def check_followed(name: str, args: tuple, i: int, *, weight=True, bias=True, of
         torch.testing.assert_close(second[1], 0.9 + 0.1 * stats[1] * count / max(count - 1, 1))
     assert batches is None or second[2] == 4
     return found[i]
+
+
+def check_next_norm(impl: str, consumer_impl: str, op: str, **options) -> None:
+    """se_residual(next_norm=...) and the op behind it: the numbers, gradients and buffers of the two without it."""
+    tensors, behind = se_tensors(2, 6, 5, 4), {
+        "bn_act": (bn_act, []),
+        "dense": (dense, [tensor(4, 6, 3, 3)]),
+        "pointwise": (pointwise, [tensor(4, 6, 1, 1)]),
+        "depthwise": (depthwise, [tensor(6, 1, 3, 3)]),
+        "branch": (branch, branch_tensors(2, 6, 8, 5, 5, 4)[1:]),
+    }[op]  # fmt: skip
+    norms = branch_norms(6, 8, 5) if op == "branch" else [norm(6)]
+    norms[0] = norms[0]._replace(offset=tensor(6), **options)
+
+    def call(t, n, told):
+        handed = n[0] if told else None
+        y, stats = F.se_residual(*t[:6], return_stats=True, next_norm=handed, impl=impl)
+        assert stats is None or len(stats) == (5 if told and not options else 2)
+        return behind[0]([y, *t[6:]], [n[0]._replace(stats=stats), *n[1:]], consumer_impl)
+
+    apart, told = (outcome(call, [*tensors, *behind[1]], norms, told) for told in (False, True))
+    assert told["count0"] == 3 + norms[0].training
+    exact = consumer_impl == impl
+    for name, t in apart.items():
+        torch.testing.assert_close(told[name], t, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)

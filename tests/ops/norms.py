@@ -166,7 +166,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def bn_act(t, n, impl, act="swish", **options):
     return F.bn_act(t[0], *n[0][:5], training=n[0].training, momentum=n[0].momentum, eps=n[0].eps, act=act, impl=impl,
-                    offset=n[0].offset, **options)  # fmt: skip
+                    stats=n[0].stats, offset=n[0].offset, **options)  # fmt: skip
 
 
 def pointwise(t, n, impl, act="swish", **options):

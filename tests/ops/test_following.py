@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from followings import RAW, WAYS, calls, check_followed
-from norms import needs_native, tensor
+from followings import RAW, WAYS, calls, check_followed, check_next_norm
+from norms import needs_native, norm, se_tensors, tensor
+
+from nvae_fast import functional as F
 
 pytestmark = needs_native
 OPS = "bn_act", "pointwise", "depthwise", "se"
@@ -30,3 +32,29 @@ def test_parts_that_do_not_fit_are_refused(op):
     ):
         with pytest.raises(RuntimeError, match=said):
             getattr(RAW, name)(*args, numbers, *given)
+
+
+@pytest.mark.parametrize("behind", ["cpu", "reference"])
+@pytest.mark.parametrize("op", ["bn_act", "dense", "pointwise", "depthwise", "branch"])
+def test_a_normalisation_is_handed_on_once(op, behind):
+    check_next_norm("cpu", behind, op)
+
+
+@pytest.mark.parametrize("options", [dict(momentum=None), dict(training=False)], ids=str)
+def test_what_is_averaged_or_fixed_is_left_to_the_op_behind(options):
+    check_next_norm("cpu", "cpu", "dense", **options)
+
+
+def test_a_next_norm_that_does_not_fit_is_refused():
+    args, n = se_tensors(2, 6, 5, 4), norm(6)
+    with pytest.raises(ValueError, match=r"weight of shape \(5,\): expected \(6,\)"):
+        F.se_residual(*args, next_norm=n._replace(weight=tensor(5)))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        F.se_residual(*(t[:1, :, :1, :1] for t in args[:2]), *args[2:], next_norm=n)
+    assert n.num_batches_tracked == 3
+    for stats, training, said in (
+        (tensor(4, 6), True, r"expected \(2, 6\)"),
+        (tensor(5, 6), False, "a finished normalisation"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            F.conv2d(args[0], tensor(4, 6, 3, 3), norm=n._replace(stats=stats, training=training))

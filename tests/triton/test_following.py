@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from followings import RAW, WAYS, calls, check_followed
+from followings import RAW, WAYS, calls, check_followed, check_next_norm
 from norms import NATIVE, tensor
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -69,3 +69,8 @@ def test_parts_that_do_not_fit_are_refused():
         given = [wrong.get(n) for n in ("weight", "bias", "offset", "mean", "var", "batches")]
         with pytest.raises(RuntimeError, match=said):
             RAW.bn_act_stats(x, [0.1, 0.5, 1.0], *given)
+
+
+@pytest.mark.parametrize("op", ["bn_act", "pointwise"])
+def test_a_normalisation_is_handed_on_once(op):
+    check_next_norm("triton", "triton", op)
