@@ -68,21 +68,21 @@ class ActConv(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
                                      dilation, data_init=not bn)  # fmt: skip
 
-    def forward(self, x: Tensor, stats: Tensor | None = None, *, return_x: int = 0) -> Any:
-        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them. `return_x`: return (y, x) or
-        (y, x, x), as `functional.conv2d` does."""
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, offset: Tensor | None = None, return_x: int = 0) -> Any:
+        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them. `offset`: a bias [C] that x lacks
+        and the BN takes in, as that says. `return_x`: return (y, x) or (y, x, x), as `functional.conv2d` does."""
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
-            norm = self.bn.norm._replace(stats=stats)
-            return F.conv2d(x, conv.effective_weight(), effective(conv, "bias"), norm=norm, act=self.act,
+            norm = self.bn.norm._replace(stats=stats, offset=offset)
+            return F.conv2d(x, conv.effective_weight(), conv.own_bias(), norm=norm, act=self.act,
                             stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0],
                             return_x=return_x)  # fmt: skip
         if self.bn is None:
             a, *rest = tf.elu(x), *[x] * return_x
         elif return_x:
-            a, *rest = self.bn(x, stats, return_x=return_x)
+            a, *rest = self.bn(x, stats, offset=offset, return_x=return_x)
         else:
-            a, *rest = (self.bn(x, stats),)
+            a, *rest = (self.bn(x, stats, offset=offset),)
         if self.upsample:
             a = tf.interpolate(a, scale_factor=2, mode="nearest")
         return (self.conv(a), *rest) if return_x else self.conv(a)
@@ -143,7 +143,11 @@ class UpsampleProject(nn.Module):
 
 
 class Cell(nn.Module):
-    """out = skip(x) + 0.1 * SE(op_n(... op_1(x))). `stride` 1 keeps, 2 halves and -1 doubles the resolution (in op_1)."""
+    """out = skip(x) + 0.1 * SE(op_n(... op_1(x))). `stride` 1 keeps, 2 halves and -1 doubles the resolution (in op_1).
+
+    Biases of its 3x3 convolutions are added by what reads their output, the next BN or the residual sum: such an op called by
+    itself returns its output without.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, ops: list[str], *, stride: int, use_se: bool) -> None:
         super().__init__()
@@ -154,6 +158,9 @@ class Cell(nn.Module):
             for i, op in enumerate(ops)
         )
         self.se = SqueezeExcite(out_channels) if use_se else None
+        for op, behind in zip(self.ops, [*self.ops[1:], None], strict=True):
+            if isinstance(op, ActConv):  # the residual sum takes its bias, or a BN, for nothing; a pass of its own would not
+                op.conv.adds_bias = behind is not None and not (isinstance(behind, ActConv) and behind.bn is not None)
 
     @property
     def first_norm(self) -> F.Norm | None:
@@ -171,15 +178,16 @@ class Cell(nn.Module):
         options: dict[str, Any] = {} if stats is None else {"stats": stats}
         if x.requires_grad and torch.is_grad_enabled():
             options["return_x"] = 1 + return_x  # the backward of the first op then adds all gradients of x
-        passed, y, rest = [x, x], x, []
+        passed, y, rest, bias = [x, x], x, [], None
         for op in (*first, last.branch if isinstance(last, InvertedResidual) else last):
             found = op(y, **options)
             y, *rest = found if isinstance(found, tuple) else (found,)
             if "return_x" in options:
                 rest, passed = rest[: -options["return_x"]], rest[-options["return_x"] :]
-            options = {}
-        options = {"return_stats": return_stats, "next_norm": next_norm}
-        options["bn"] = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
+            bias = op.conv.bias if isinstance(op, ActConv) and not op.conv.adds_bias else None
+            options = {} if bias is None else {"offset": bias}
+        bn = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
+        options = {"bn": bn, "bias": bias, "return_stats": return_stats, "next_norm": next_norm}
         if self.se is not None:
             found = self.se.residual(self.skip(passed[0]), y, **options)
         else:

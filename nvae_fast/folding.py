@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from nvae_fast.cells import ActConv, FactorizedReduce
+from nvae_fast.cells import ActConv, Cell, FactorizedReduce
 from nvae_fast.errors import InputError
 from nvae_fast.kernels import _auto, _impl, _norm
 from nvae_fast.kernels.depthwise_conv.ops import raw_name
@@ -102,14 +102,15 @@ class FoldedNVAE(NVAE):
 
 
 class _Norm(BatchNormAct2d):
-    """`table` [5, C]: mean, var, 1/sigma, scale, shift as the native ops take them; None where there are none."""
+    """`table` [5, C]: mean, var, 1/sigma, scale, shift as the native ops take them; None where there are none. It holds the
+    offset, the bias that a convolution before leaves to it."""
 
     table: Tensor | None
 
-    def forward(self, x: Tensor, stats: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, stats: Tensor | None = None, *, offset: Tensor | None = None) -> Tensor:
         impl = _impl.resolve_impl("bn_act", _auto.choose("bn_act", "auto", [x]), x)
         if self.table is None or impl == "reference":
-            return super().forward(x, stats)
+            return super().forward(x, stats, offset=offset)
         return torch.ops.nvae_fast.bn_act_fwd(x, self.table, _norm.ACTIVATIONS.index(self.act))
 
 
@@ -152,8 +153,8 @@ def _product(x: Tensor, table: Tensor, act: int, weight: Tensor) -> Tensor:
 
 
 class _ActConv(ActConv):
-    def forward(self, x: Tensor) -> Tensor:
-        x = tf.elu(x) if self.bn is None else self.bn(x)
+    def forward(self, x: Tensor, *, offset: Tensor | None = None) -> Tensor:
+        x = tf.elu(x) if self.bn is None else self.bn(x, offset=offset)
         if self.upsample:
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
         return self.conv(x)
@@ -178,11 +179,17 @@ def _copy(module: nn.Module) -> Any:
     return new
 
 
-def _fold_norm(new: _Norm, bn: BatchNormAct2d) -> None:
-    parts = _norm.tensors(bn.norm)
+def _fold_norm(new: _Norm, bn: BatchNormAct2d, offset: Tensor | None = None) -> None:
+    parts = _norm.tensors(bn.norm._replace(offset=offset))
     new._buffers["table"] = None
     if parts.stats is not None and _impl.resolve_impl("bn_act", "auto", parts.stats) != "reference":
         new._buffers["table"] = _norm.coefficients(parts.stats[None, :, :, None], parts, _norm.config(bn.norm))[0]
+
+
+def _fold_cell(new: Cell, cell: Cell) -> None:
+    for op, behind, folded in zip(cell.ops, cell.ops[1:], new.ops[1:], strict=False):
+        if isinstance(op, ActConv) and not op.conv.adds_bias:
+            _fold_norm(folded.bn, behind.bn, op.conv.bias)
 
 
 def _fold_weights(new: nn.Conv2d, conv: nn.Conv2d) -> None:
@@ -218,6 +225,7 @@ FOLDS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any, Any], None] |
     MaskedConv2d: (MaskedConv2d, _fold_normalised),
     InvertedResidual: (_Branch, _fold_branch),
     ActConv: (_ActConv, None),
+    Cell: (Cell, _fold_cell),
     FactorizedReduce: (_Reduce, _fold_reduce),
 }
 """What a module of a folded model is an instance of, and what is done to it."""

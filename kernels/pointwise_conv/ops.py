@@ -2,8 +2,7 @@
 
 The backward of a normalisation behind y enters as c [3, C_out]: g = c0 dy + c1 y + c2, or as c [2, C_out] = c1, c2 where dy
 holds the scale already (c0 = 1). The backward returns the gradient du of the normalised x (of x without bn), the weight's, and
-the table of gradients [7, C_in] of the normalisation before it
-(bn_act/ops.py).
+the table of gradients [7, C_in] of the normalisation before it (bn_act/ops.py).
 """
 
 from __future__ import annotations

@@ -20,12 +20,15 @@ class WeightNormConv2d(nn.Conv2d):
     Adds the parameter `log_weight_norm` l of shape (out_channels, 1, 1, 1) after `weight` and `bias`, initialised to
     log(||w[o]|| + 0.01). With `data_init`, the first forward call first sets l and the bias such that the output has mean 0
     and standard deviation 0.2 per channel (Salimans & Kingma 2016); loading a state marks this as done.
+
+    `adds_bias`, which may be set at any time: where it is False, what reads the output adds the bias (as a cell's ops do, which
+    read it anyway) and forward returns it without.
     """
 
     def __init__(self, *args, data_init: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.log_weight_norm = nn.Parameter(self._initial_log_norm())
-        self.data_init_pending = data_init
+        self.data_init_pending, self.adds_bias = data_init, True
         self.effective: Tensor | None = None  # set by shared_effective_weights for the duration of a pass
 
     @torch.no_grad()
@@ -45,6 +48,10 @@ class WeightNormConv2d(nn.Conv2d):
     def normalised(self) -> Tensor:
         """The same in the type of the weight, computed anew."""
         return F.weight_norm([self.weight], [self.log_weight_norm], [self.mask], eps=NORM_EPS)[0]
+
+    def own_bias(self) -> Tensor | None:
+        """The bias that forward adds."""
+        return effective(self, "bias") if self.adds_bias else None
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # On a CPU, a product of matrices takes a third to a half of the time of oneDNN's 1x1 convolution, at NVAE's sizes.
@@ -70,7 +77,7 @@ class WeightNormConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.data_init_pending:
             self._init_from_data(x)
-        return self._conv_forward(x, self.effective_weight(), effective(self, "bias"))
+        return self._conv_forward(x, self.effective_weight(), self.own_bias())
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -86,7 +86,7 @@ def _of_convolution(conv: nn.Conv2d, joins: bool) -> Iterator[_Item]:
     own, dtype = conv.weight.dtype, _compute_dtype(conv)
     if dtype != own or joins or hasattr(conv, "log_weight_norm"):
         yield _Item(conv, "weight", dtype)
-    if dtype != own and conv.bias is not None:
+    if dtype != own and conv.bias is not None and vars(conv).get("adds_bias", True):
         yield _Item(conv, "bias", dtype)
 
 
