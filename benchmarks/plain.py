@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from nvae_fast.cells import DecoderCombiner, FactorizedReduce, UpsampleProject
+from nvae_fast.cells import DecoderCombiner, EluConv, EncoderCombiner, FactorizedReduce, UpsampleProject
 from nvae_fast.layers import WeightNormConv2d
 
 
 class PlainConv(WeightNormConv2d):
     """Always a convolution."""
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.Conv2d._conv_forward(self, x, weight, bias)
+    pointwise = False
+
+
+class PlainElu(EluConv):
+    """One module after the other."""
+
+    def forward(self, x: Tensor, *, return_x: bool = False) -> Any:
+        y = nn.Sequential.forward(self, x)
+        return (y, x) if return_x else y
 
 
 class PlainReduce(FactorizedReduce):
@@ -34,17 +43,28 @@ class PlainUpsample(UpsampleProject):
         return self.conv(tf.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
 
 
+class PlainSum(EncoderCombiner):
+    """A convolution, then a sum."""
+
+    def forward(self, e: Tensor, h: Tensor, *, return_x: bool = False) -> Any:
+        y = e + self.conv(h)
+        return (y, h) if return_x else y
+
+
 class PlainCombiner(DecoderCombiner):
     """One convolution of both, concatenated."""
 
-    def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        return self.conv(torch.cat([h, z.to(h.dtype)], dim=1))
+    def forward(self, h: Tensor, z: Tensor, *, return_stats: bool = False) -> Any:
+        y = self.conv(torch.cat([h, z.to(h.dtype)], dim=1))
+        return (y, None) if return_stats else y
 
 
 PLAIN = {
     WeightNormConv2d: PlainConv,
     FactorizedReduce: PlainReduce,
     UpsampleProject: PlainUpsample,
+    EluConv: PlainElu,
+    EncoderCombiner: PlainSum,
     DecoderCombiner: PlainCombiner,
 }
 

@@ -101,15 +101,15 @@ class NormConfig(NamedTuple):
     copies: int
 
 
-def check_beside(x: Tensor, *, beside: str = "x", **tensors: Tensor | None) -> None:
-    """Raises in one line where one of the named tensors is no floating-point tensor on the device of x, which the caller calls
-    `beside`. A tensor on "meta" among others would silently make an op return its shapes alone."""
+def check_beside(x: Tensor, *, called: str = "x", **tensors: Tensor | None) -> None:
+    """Raises in one line where one of the named tensors is no floating-point tensor on the device of x, which is `called` so by
+    the caller. A tensor on "meta" among others would silently make an op return its shapes alone."""
     for name, t in tensors.items():
         if t is not None and not t.is_floating_point():
             raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor; convert it with .float()")
         if t is not None and t.device != x.device:
             raise ValueError(
-                f"{name} is on {t.device}: expected {x.device}, where {beside} is; move it there with .to({beside}.device)"
+                f"{name} is on {t.device}: expected {x.device}, where {called} is; move it there with .to({called}.device)"
             )
 
 

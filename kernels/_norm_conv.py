@@ -1,4 +1,5 @@
-"""A convolution with a normalisation and an activation before it: what `depthwise_conv` and `pointwise_conv` share."""
+"""A convolution with a normalisation and an activation before it: `depthwise_conv`'s autograd, and what `pointwise_conv` and
+`conv2d` check and refer to as well."""
 
 from __future__ import annotations
 
@@ -9,14 +10,6 @@ from torch import Tensor
 
 from nvae_fast.kernels import _norm
 from nvae_fast.kernels._autograd import first_order
-
-
-def _forward(op: str, x: Tensor, bn: Tensor | None, act: int, weight: Tensor, sizes: tuple, stats: bool) -> tuple[Tensor, ...]:
-    """(y, its stats [2, C_out] or [0, C_out])"""
-    raw = torch.ops.nvae_fast
-    if op != "pointwise_conv":
-        return getattr(raw, f"{op}_fwd")(x, bn, act, weight, *sizes, stats)
-    return raw.pointwise_conv_fwd(x, bn, act, weight, stats, False)[:2]
 
 
 class NormConv(torch.autograd.Function):
@@ -40,7 +33,7 @@ class NormConv(torch.autograd.Function):
         bn, count = None, 0.0
         if config is not None:
             bn, count = _norm.coefficients(x, _norm.Parts(*parts), config)
-        y, y_stats = _forward(op, x, bn, act, weight, sizes, stats)
+        y, y_stats = getattr(torch.ops.nvae_fast, f"{op}_fwd")(x, bn, act, weight, *sizes, stats)
         ctx.save_for_backward(x, weight, bn)
         ctx.settings = op, config, act, sizes, count
         ctx.mark_non_differentiable(y_stats)
@@ -69,7 +62,7 @@ def norm_conv(
     parts: tuple = ()
     config = None
     if norm is not None:
-        parts, config = _norm.tensors(norm), _norm.config(norm, copies=sizes[2] ** 2 if sizes else 1)
+        parts, config = _norm.tensors(norm), _norm.config(norm, copies=sizes[2] ** 2)
     return NormConv.apply(x, weight, op, config, _norm.ACTIVATIONS.index(act), sizes, stats, *parts)
 
 
@@ -83,8 +76,6 @@ def check(x: Tensor, weight: Tensor, norm: _norm.Norm | None, act: str, copies: 
             raise TypeError(f"{name} is {t.dtype}: expected a floating-point tensor; convert it with .float()")
     if act not in _norm.ACTIVATIONS:
         raise ValueError(f"act {act!r}: expected one of {', '.join(_norm.ACTIVATIONS)}")
-    if norm is None and act != "identity":
-        raise ValueError(f"act {act!r} without norm: pass the normalisation before it, or apply the activation yourself")
     if norm is not None:
         _norm.check_norm(norm, x, x.shape[1], "x")
         _norm.check_batch(norm, x.numel() // max(x.shape[1], 1) * copies, x.shape)
@@ -100,7 +91,7 @@ def normalised(x: Tensor, norm: _norm.Norm | None, act: str) -> Tensor:
     """The reference's prologue."""
     from nvae_fast.kernels.bn_act import reference
 
-    return x if norm is None else reference.normalised(x, norm, act)
+    return reference.ACTIVATIONS[act](x) if norm is None else reference.normalised(x, norm, act)
 
 
 def batch_stats(y: Tensor) -> Tensor:

@@ -195,6 +195,17 @@ class Cell(nn.Module):
         return (*(found if return_stats else (found,)), passed[1]) if return_x else found
 
 
+class EluConv(nn.Sequential):
+    """ELU, then a weight-normalised 1x1 convolution with bias."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.ELU(), WeightNormConv2d(in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor, *, return_x: bool = False) -> Any:
+        """`return_x`: return (y, x), as `functional.pointwise_conv` does."""
+        return self[1].product(x, act="elu", return_x=int(return_x))
+
+
 class EncoderCombiner(nn.Module):
     """e + Conv1x1(h): the bottom-up feature e of a group joined with the top-down state h."""
 
@@ -202,46 +213,45 @@ class EncoderCombiner(nn.Module):
         super().__init__()
         self.conv = WeightNormConv2d(decoder_channels, encoder_channels, 1)
 
-    def forward(self, e: Tensor, h: Tensor) -> Tensor:
-        return e + self.conv(h)
+    def forward(self, e: Tensor, h: Tensor, *, return_x: bool = False) -> Any:
+        """`return_x`: return (y, h), as `functional.pointwise_conv` does."""
+        return self.conv.product(h, addend=e, return_x=int(return_x))
 
 
 class DecoderCombiner(nn.Module):
-    """Conv1x1(concat[h, z]): the drawn latent enters the top-down state. As a sum of two products, nothing is concatenated."""
+    """Conv1x1(concat[h, z]): the drawn latent enters the top-down state. Nothing is concatenated."""
 
     def __init__(self, channels: int, latent_channels: int) -> None:
         super().__init__()
         self.conv = WeightNormConv2d(channels + latent_channels, channels, 1)
 
-    def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        of_h, of_z = self.conv.effective_weight().split((h.shape[1], z.shape[1]), dim=1)
-        return self.conv._conv_forward(h, of_h, effective(self.conv, "bias")) + self.conv._conv_forward(
-            z.to(h.dtype), of_z, None
-        )
+    def forward(self, h: Tensor, z: Tensor, *, return_stats: bool = False) -> Any:
+        """`return_stats`: return (y, its statistics), as `Cell.forward` does."""
+        return self.conv.product(h, beside=z, return_stats=return_stats)
 
 
 def run_cells(
     modules: Sequence[nn.Module],
     h: Tensor,
-    combine: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    combine: Callable[[nn.Module, Tensor, bool], Any] | None = None,
     look: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Cells one after the other. A DecoderCombiner among them is called as combine(module, h), an EncoderCombiner only sees h,
-    as look(h): as the cell behind it hands h on, which then adds the gradient that comes back with its own. In training a cell
-    hands on the statistics of its output where the next one normalises it first: they come for nothing, and with them that
-    normalisation, finished."""
+    """Cells one after the other. A DecoderCombiner among them is called as combine(module, h, return_stats), an EncoderCombiner
+    only sees h, as look(h): as the cell behind it hands h on, which then adds the gradient that comes back with its own. In
+    training each hands on the statistics of its output where the next one normalises it first: they come for nothing, and from
+    a cell with that normalisation, finished."""
     stats, seen = None, False
     for i, module in enumerate(modules):
         behind = next((m for m in modules[i + 1 :] if not isinstance(m, EncoderCombiner)), None)
+        wanted = module.training and isinstance(behind, Cell)
         if isinstance(module, EncoderCombiner):
             if isinstance(behind, Cell):
                 seen = True
             else:
                 look(h)
         elif not isinstance(module, Cell):
-            h, stats = combine(module, h), None
+            h, stats = combine(module, h, wanted)
         else:
-            wanted = module.training and isinstance(behind, Cell)
             norm = behind.first_norm if wanted else None
             found = module(h, stats, return_stats=wanted, next_norm=norm, return_x=seen)
             h, *rest = found if isinstance(found, tuple) else (found,)

@@ -16,7 +16,7 @@ from nvae_fast.kernels import _auto, _impl, _norm
 from nvae_fast.kernels.depthwise_conv.ops import raw_name
 from nvae_fast.layers import BatchNormAct2d, InvertedResidual, MaskedConv2d, WeightNormConv2d, shared_effective_weights
 from nvae_fast.layers.shared import PLACES, effective
-from nvae_fast.model import NVAE
+from nvae_fast.model import NVAE, Draw
 
 IDENTITY, SWISH = (_norm.ACTIVATIONS.index(act) for act in ("identity", "swish"))
 AGAIN = "fold the model it was made from again (folding.folded)"
@@ -77,7 +77,7 @@ class FoldedNVAE(NVAE):
         with torch.no_grad():
             return super().bottom_up(x)
 
-    def _top_down(self, draw: Callable[[int, Tensor | None], Tensor], batch: int) -> Tensor:
+    def _top_down(self, draw: Draw, batch: int) -> Tensor:
         self._check_fresh()
         with torch.no_grad():
             return super()._top_down(draw, batch)

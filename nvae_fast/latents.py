@@ -85,11 +85,11 @@ def traverse(model: NVAE, latents: Sequence[Tensor], group: int, steps: int, *, 
         batch, z = len(latents[0]), latents[index]
         mu_sigma: list[Tensor] = []
 
-        def given(i: int, h: Tensor | None) -> Tensor:
+        def given(i: int, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if i == index:
                 raw = torch.zeros_like(torch.cat([z, z], 1)) if h is None else model.dec_sampler[i - 1](h)
                 mu_sigma.extend(F.normal_params(*raw.chunk(2, dim=1)))
-            return latents[i]
+            return latents[i], h
 
         model._top_down(given, batch)
         mu, sigma = (t.to(z.dtype) for t in mu_sigma)

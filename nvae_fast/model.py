@@ -9,10 +9,11 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
-from nvae_fast.cells import ARCHITECTURES, ActConv, Cell, DecoderCombiner, EncoderCombiner, run_cells
+from nvae_fast.cells import ARCHITECTURES, ActConv, Cell, DecoderCombiner, EluConv, EncoderCombiner, run_cells
 from nvae_fast.checkpoint.model_files import ModelFiles
 from nvae_fast.config import NVAEConfig
 from nvae_fast.distributions import decoder_distribution, output_channels, reduce_bits
@@ -23,6 +24,9 @@ from nvae_fast.layers import BatchNormAct2d, InvertedResidual, WeightNormConv2d,
 from nvae_fast.layers.norm import bn_regularizer
 from nvae_fast.objective import balance_kl, kl_alpha, reconstruction_loss
 from nvae_fast.regularization import SpectralState
+
+Draw = Callable[[int, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(the latent of group i, h for what else reads it) from i and the top-down state h, None for group 0."""
 
 
 class NVAEOutput(NamedTuple):
@@ -64,17 +68,14 @@ class NVAE(ModelFiles, nn.Module):
         if not c.vanilla:
             self._build_encoder_tower()
         top_width = enc * 2**top_scale
-        self.enc0 = nn.Sequential(nn.ELU(), WeightNormConv2d(top_width, top_width, 1), nn.ELU())
+        self.enc0 = EluConv(top_width, top_width)  # and another ELU behind it
 
         scale_of_group = [s for s in reversed(range(c.num_latent_scales)) for _ in range(c.groups_per_scale[s])]
         z = c.num_latent_per_group
         self.enc_sampler = nn.ModuleList(
             WeightNormConv2d(enc * 2 ** (c.num_preprocess_blocks + s), 2 * z, 3, padding=1) for s in scale_of_group
         )
-        self.dec_sampler = nn.ModuleList(
-            nn.Sequential(nn.ELU(), WeightNormConv2d(dec * 2 ** (c.num_preprocess_blocks + s), 2 * z, 1))
-            for s in scale_of_group[1:]
-        )
+        self.dec_sampler = nn.ModuleList(EluConv(dec * 2 ** (c.num_preprocess_blocks + s), 2 * z) for s in scale_of_group[1:])
         self.nf_cells = nn.ModuleList(FlowCell(z) for _ in range(len(scale_of_group) * c.num_nf))
         if c.vanilla:
             self.stem_decoder = WeightNormConv2d(z, enc * 2**c.num_preprocess_blocks, 1)
@@ -132,7 +133,7 @@ class NVAE(ModelFiles, nn.Module):
         h = self.stem(2.0 * reduce_bits(x, self.config.num_x_bits) - 1.0)
         features: list[Tensor] = []
         h = run_cells([*self.pre_process, *self.enc_tower], h, look=features.append)
-        return [self.enc0(h), *reversed(features)]
+        return [tf.elu(self.enc0(h)), *reversed(features)]
 
     def decode_posterior(self, features: Sequence[Tensor], noise: Sequence[Tensor] | None = None,
                          latents: list[Tensor] | None = None) -> NVAEOutput:  # fmt: skip
@@ -141,9 +142,11 @@ class NVAE(ModelFiles, nn.Module):
         combiners = [m for m in reversed(self.enc_tower) if isinstance(m, EncoderCombiner)]
         kl, log_q, log_p = [], [], []
 
-        def posterior(i: int, h: Tensor | None) -> Tensor:
-            f = features[0] if i == 0 else combiners[i - 1](features[i], h)
-            prior = None if i == 0 else self.dec_sampler[i - 1](h)
+        def posterior(i: int, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            f, prior = features[0], None
+            if h is not None:
+                f, h = combiners[i - 1](features[i], h, return_x=True)
+                prior, h = self.dec_sampler[i - 1](h, return_x=True)
             cells = self.nf_cells[i * self.config.num_nf : (i + 1) * self.config.num_nf]
             flow = partial(run_flow, cells) if cells else None
             out = F.latent_group(self.enc_sampler[i](f), prior, noise[i], flow=flow, residual=self.config.res_dist)
@@ -152,7 +155,7 @@ class NVAE(ModelFiles, nn.Module):
             log_p.append(out.log_p)
             if latents is not None:
                 latents.append(out.z)
-            return out.z
+            return out.z, h
 
         logits = self._top_down(posterior, features[0].shape[0])
         kl_groups = torch.stack(kl)  # [N, B, Z]
@@ -170,12 +173,12 @@ class NVAE(ModelFiles, nn.Module):
             raise InputError(f"temperature={temperature} must be a number >= 0, or one per group ({groups} of them)")
         noise = self._noise(noise, n, generator)
 
-        def prior(i: int, h: Tensor | None) -> Tensor:
+        def prior(i: int, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if i == 0:
                 mu = log_sigma = self.prior_ftr0.new_zeros(n, *self.config.latent_shapes[0])
             else:
                 mu, log_sigma = self.dec_sampler[i - 1](h).chunk(2, dim=1)
-            return F.normal_sample(mu, log_sigma, noise[i], temperature=temperatures[i], generator=generator)
+            return F.normal_sample(mu, log_sigma, noise[i], temperature=temperatures[i], generator=generator), h
 
         with shared_effective_weights(self.convolutions()):
             return self._top_down(prior, n)
@@ -184,18 +187,20 @@ class NVAE(ModelFiles, nn.Module):
         """Logits [B, O, H, W] for given latents [B, Z, h, w], one per group, top-down."""
         self._check_noise(latents, latents[0].shape[0])
         with shared_effective_weights(self.convolutions()):
-            return self._top_down(lambda i, h: latents[i], latents[0].shape[0])
+            return self._top_down(lambda i, h: (latents[i], h), latents[0].shape[0])
 
-    def _top_down(self, draw, batch: int) -> Tensor:
-        """Decoder and head; `draw(i, h)` supplies the latent of group i given the top-down state h (None for group 0)."""
+    def _top_down(self, draw: Draw, batch: int) -> Tensor:
+        """Decoder and head for latents that `draw` supplies."""
         groups = count()
 
-        def join(module: nn.Module, h: Tensor) -> Tensor:
+        def join(module: nn.Module, h: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
             i = next(groups)
-            return module(h, draw(i, h if i else None))
+            z, passed = draw(i, h if i else None)
+            found = module(passed if i else h, z, return_stats=wanted)
+            return found if wanted else (found, None)
 
         if self.config.vanilla:
-            h = run_cells(self.post_process, self.stem_decoder(draw(0, None)))
+            h = run_cells(self.post_process, self.stem_decoder(draw(0, None)[0]))
         else:
             h = self.prior_ftr0.expand(batch, -1, -1, -1)
             h = run_cells([*self.dec_tower, *self.post_process], h, join)

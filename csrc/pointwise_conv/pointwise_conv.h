@@ -13,26 +13,28 @@ struct Shape {
   int64_t chunk;   // rows of a task: a function of the sizes alone
 };
 
-// y = act(u) W^T, u = scale x + shift as in `bn` [kCoefficients][in] (bn_act.h); bn null: y = x W^T. packed: W^T in panels.
+// y = act(u) W^T + bias + addend, u = scale x + shift as in `bn` [kCoefficients][in] (bn_act.h), or x where bn is null; bias
+// [out] and addend [m][out] may be null. packed: W^T in panels.
 // stats [3][out] of each task: pivot, sum(y - pivot), sum((y - pivot)^2). pixel_sums [images + tasks][out]: row image + task is
 // the sum of y over the rows of that image in that task. Either may be null.
 template <typename T>
 struct Forward {
   const T* x;
-  const float *bn, *packed;
+  const float *bn, *packed, *bias;
+  const T* addend;
   T* y;
   float *stats, *pixel_sums;
 };
 
-// From g = c0 dy + c1 y + c2 (c0 [out] or null: 1, c12 [2][out]: the backward of the BatchNorm behind; c12 null: g = dy): du, the gradient of u (of x
-// without bn); sums [2][in] of each task: sum(du), sum(du (x - mean)), null: not wanted; dweight [out][in] of each task.
-// packed: W in panels.
+// From g = c0 dy + c1 y + c2 (c0 [out] or null: 1, c12 [2][out]: the backward of the BatchNorm behind; c12 null: g = dy): du, the
+// gradient of u, plus `also` [m][in], null: nothing; sums [2][in] of each task: sum(du), sum(du (x - mean)), null: not wanted;
+// dweight [out][in] and dbias [out] of each task, the latter null: not wanted. packed: W in panels.
 template <typename T>
 struct Backward {
-  const T *dy, *y, *x;
+  const T *dy, *y, *x, *also;
   const float *c0, *c12, *bn, *packed;
   T* du;
-  float *sums, *dweight;
+  float *sums, *dweight, *dbias;
 };
 
 template <typename T>

@@ -1,6 +1,8 @@
 // 1x1 convolution as a product of tiles that stay in the second-level cache. The BatchNorm and activation before it are applied
 // while a tile is read, the sums for the BatchNorm behind it are taken while a tile is written.
 #pragma once
+#include <type_traits>
+
 #include "bn_act/bn_act.h"
 #include "common/activation.h"
 #include "common/gemm.h"
@@ -29,7 +31,19 @@ inline int tile_rows(int64_t width) {
   return rows;
 }
 
-// tile[m][c] = act(u), or x without bn; channels behind `width` are zero up to a whole vector.
+// f(activation, whether there is a BatchNorm before it), as types.
+template <typename F>
+void by_prologue(int act, const float* bn, const F& f) {
+  const auto with = [&](auto a) { bn ? f(a, std::true_type()) : f(a, std::false_type()); };
+  if (act == kSwish)
+    with(std::integral_constant<int, kSwish>());
+  else if (act == kElu)
+    with(std::integral_constant<int, kElu>());
+  else
+    with(std::integral_constant<int, kIdentity>());
+}
+
+// tile[m][c] = act(u), u = x without bn; channels behind `width` are zero up to a whole vector.
 template <int ACT, bool BN, typename T>
 void read_tile(const T* x, int64_t ldx, int rows, int64_t width, const float* bn, float* tile, int64_t ld) {
   for_channels(width, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
@@ -42,7 +56,7 @@ void read_tile(const T* x, int64_t ldx, int rows, int64_t width, const float* bn
     for (int m = 0; m < rows; m++)
       NVAE_UNROLL for (int v = 0; v < NV; v++) {
         const vf t = load_n(x + m * ldx + c + v * L, n);
-        store(tile + m * ld + c + v * L, BN ? activate<ACT>(t * scale[v] + shift[v]) : t);
+        store(tile + m * ld + c + v * L, activate<ACT>(BN ? t * scale[v] + shift[v] : t));
       }
   });
 }
@@ -61,6 +75,23 @@ void add_pixel_sums(const Shape& s, const T* tile, int64_t ld, int64_t r, int ro
   }
 }
 
+// c[m][...] += bias + addend for the columns j to j + width.
+template <typename T>
+void add_behind(const Forward<T>& f, int64_t out, int64_t r, int rows, int64_t j, int64_t width, float* c, int64_t ldo) {
+  for_channels(width, [&](int64_t e, int n, auto vectors) __attribute__((always_inline)) {
+    constexpr int NV = decltype(vectors)::value;
+    vf bias[NV] = {};
+    if (f.bias) NVAE_UNROLL for (int v = 0; v < NV; v++) bias[v] = load_n(f.bias + j + e + v * L, n);
+    for (int m = 0; m < rows; m++)
+      NVAE_UNROLL for (int v = 0; v < NV; v++) {
+        float* p = c + m * ldo + e + v * L;
+        vf t = load(p) + bias[v];
+        if (f.addend) t += load_n(f.addend + (r + m) * out + j + e + v * L, n);
+        store(p, t);
+      }
+  });
+}
+
 template <int ACT, bool BN, typename T>
 void forward_act(const Shape& s, const Forward<T>& f, int64_t task, float* scratch) {
   const int64_t begin = task * s.chunk, end = begin + s.chunk < s.m ? begin + s.chunk : s.m;
@@ -71,7 +102,7 @@ void forward_act(const Shape& s, const Forward<T>& f, int64_t task, float* scrat
   float *a = scratch, *o = scratch + tile * lda;
   for (int64_t r = begin; r < end; r += tile) {
     const int rows = (int)(end - r < tile ? end - r : tile);
-    for (int64_t k = 0; k < s.in; k += kDepth) {
+    for (int64_t k = 0; k == 0 || k < s.in; k += kDepth) {  // once without channels: an empty sum
       const int64_t depth = s.in - k < kDepth ? s.in - k : kDepth;
       read_tile<ACT, BN>(f.x + r * s.in + k, s.in, rows, depth, BN ? f.bn + k : nullptr, a, lda);
       const bool last = k + depth == s.in;
@@ -81,6 +112,7 @@ void forward_act(const Shape& s, const Forward<T>& f, int64_t task, float* scrat
         float* c = whole ? o : o + j;
         gemm_panel(nv, rows, depth, a, lda, 1, f.packed + (j / PANEL * s.in + k) * PANEL, PANEL, c, ldo, k > 0);
         if (!last) continue;
+        if (f.bias || f.addend) add_behind(f, s.out, r, rows, j, width, c, ldo);
         T* y = f.y + r * s.out + j;
         for (int v = 0; v < nv; v++) {
           const int n = (int)(width - v * L < L ? width - v * L : L);
@@ -133,7 +165,7 @@ void backward_act(const Shape& s, const Backward<T>& f, int64_t task, float* scr
     for_channels(s.out, [&](int64_t c, int n, auto vectors) __attribute__((always_inline)) {
       constexpr int NV = decltype(vectors)::value;
       const T *dy = f.dy + r * s.out + c, *y = f.c12 ? f.y + r * s.out + c : nullptr;
-      vf c0[NV] = {}, c1[NV] = {}, c2[NV] = {};
+      vf c0[NV] = {}, c1[NV] = {}, c2[NV] = {}, sum[NV] = {};
       if (y)
         NVAE_UNROLL for (int v = 0; v < NV; v++) {
           const float* p = f.c12 + c + v * L;
@@ -144,6 +176,12 @@ void backward_act(const Shape& s, const Backward<T>& f, int64_t task, float* scr
           vf t = load_n(dy + m * s.out + v * L, n);
           if (y) t = t * c0[v] + load_n(y + m * s.out + v * L, n) * c1[v] + c2[v];
           store(g + m * ldg + c + v * L, t);
+          if (f.dbias) sum[v] += t;
+        }
+      if (f.dbias)
+        NVAE_UNROLL for (int v = 0; v < NV; v++) {
+          float* p = f.dbias + task * s.out + c + v * L;
+          store_n(p, first ? sum[v] : sum[v] + load_n(p, n), n);
         }
     });
     for (int64_t j = 0; j < s.in; j += PANEL) {
@@ -159,17 +197,21 @@ void backward_act(const Shape& s, const Backward<T>& f, int64_t task, float* scr
           mean = load_n(f.bn + kMean * s.in + e, n);
         }
         const T* x = f.x + r * s.in + e;
+        const T* also = f.also ? f.also + r * s.in + e : nullptr;
         T* du = f.du + r * s.in + e;
         for (int m = 0; m < rows; m++) {
           __builtin_prefetch(x + m * s.in + (j + PANEL < s.in ? PANEL : 0));
           const vf t = load_n(x + m * s.in, n);
           vf value = t, slope, d = load(a + m * PANEL + v * L);
-          if (BN) {
-            activate_both<ACT>(t * scale + shift, value, slope);
+          if (BN || ACT != kIdentity) {
+            activate_both<ACT>(BN ? t * scale + shift : t, value, slope);
             d *= slope;
+          }
+          if (BN) {
             s1 += d;
             s2 += d * (t - mean);
           }
+          if (also) d += load_n(also + m * s.in, n);
           if (streaming)
             stream(du + m * s.in, d);
           else
@@ -193,20 +235,12 @@ void backward_act(const Shape& s, const Backward<T>& f, int64_t task, float* scr
 
 template <typename T>
 void forward(const Shape& s, const Forward<T>& f, int64_t task, float* scratch) {
-  const auto run = !f.bn             ? forward_act<kIdentity, false, T>
-                   : s.act == kSwish ? forward_act<kSwish, true, T>
-                   : s.act == kElu   ? forward_act<kElu, true, T>
-                                     : forward_act<kIdentity, true, T>;
-  run(s, f, task, scratch);
+  by_prologue(s.act, f.bn, [&](auto act, auto bn) { forward_act<decltype(act)::value, decltype(bn)::value>(s, f, task, scratch); });
 }
 
 template <typename T>
 void backward(const Shape& s, const Backward<T>& f, int64_t task, float* scratch) {
-  const auto run = !f.bn             ? backward_act<kIdentity, false, T>
-                   : s.act == kSwish ? backward_act<kSwish, true, T>
-                   : s.act == kElu   ? backward_act<kElu, true, T>
-                                     : backward_act<kIdentity, true, T>;
-  run(s, f, task, scratch);
+  by_prologue(s.act, f.bn, [&](auto act, auto bn) { backward_act<decltype(act)::value, decltype(bn)::value>(s, f, task, scratch); });
 }
 
 template <typename T>

@@ -53,7 +53,7 @@ def bn_act(
             running_mean.copy_(mean)
         if training and var is not None and var is not running_var:
             running_var.copy_(var)
-        return _ACTIVATIONS[act](u).to(x.dtype)
+        return ACTIVATIONS[act](u).to(x.dtype)
 
 
 def _synchronised_batch_norm(
@@ -99,4 +99,4 @@ class _AllReduceSum(torch.autograd.Function):
         return _AllReduceSum.apply(grad, ctx.group), None
 
 
-_ACTIVATIONS = {"swish": F.silu, "elu": F.elu, "identity": lambda u: u}
+ACTIVATIONS = {"swish": F.silu, "elu": F.elu, "identity": lambda u: u}

@@ -51,6 +51,8 @@ def depthwise_conv(
     if upsample not in (1, 2) or (upsample == 2 and stride != 1):
         raise ValueError(f"upsample={upsample} with stride={stride}: expected 1, or 2 with stride 1")
     x, weight = _norm_conv.check(x, weight, norm, act, upsample**2)
+    if norm is None and act != "identity":
+        raise ValueError(f"act {act!r} without norm: pass the normalisation before it, or apply the activation yourself")
     k = weight.shape[-1] if weight.dim() else 0
     if tuple(weight.shape) != (x.shape[1], 1, k, k) or k % 2 == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected [{x.shape[1]}, 1, k, k] with k odd")

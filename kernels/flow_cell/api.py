@@ -89,7 +89,7 @@ def _run(z: Tensor, names: Sequence[str], weights: Sequence[Tensor], impl: str) 
             raise ValueError(f"{name} of shape {tuple(t.shape)}: expected {shapes[i % 4]} for z of {channels} channels")
         if t.dtype != weights[i % 4].dtype:
             raise TypeError(f"{name} is {t.dtype}: expected {weights[i % 4].dtype}, as {names[i % 4]}")
-    check_beside(z, beside="z", **dict(zip(names, weights, strict=True)))
+    check_beside(z, called="z", **dict(zip(names, weights, strict=True)))
     if _impl.resolve_impl("flow_cell", impl, z, *weights) == "reference":
         return reference.flow_cells(z, weights)
     return ops.FlowCells.apply(z, *weights)

@@ -60,7 +60,7 @@ class InvertedResidual(torch.autograd.Function):
         readers: int,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        raw, depthwise_conv_fwd, _ = _raw_ops(impl)
+        _, depthwise_conv_fwd, _ = _raw_ops(impl)
         norms = [_norm.Parts(*parts[i : i + PARTS]) for i in range(0, 4 * PARTS, PARTS)]
 
         def ready(i: int, t: Tensor, taken: Tensor | None) -> tuple[Tensor, float]:
@@ -71,12 +71,12 @@ class InvertedResidual(torch.autograd.Function):
 
         behind = [_norm.following(n, c) for n, c in zip(norms, configs, strict=True)]
         bn0, n0 = ready(0, x, None)
-        t1, taken, _ = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, wanted(1), False, *behind[1])
+        t1, taken = _pointwise(x, bn0, _IDENTITY, expand, wanted(1), behind[1])
         bn1, n1 = ready(1, t1, taken)
         known = () if impl == "cuda" else behind[2]
         t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2), *known)
         bn2, n2 = ready(2, t2, taken)
-        t3, taken, _ = raw.pointwise_conv_fwd(t2, bn2, _SWISH, project, wanted(3), False, *behind[3])
+        t3, taken = _pointwise(t2, bn2, _SWISH, project, wanted(3), behind[3])
         bn3, n3 = ready(3, t3, taken)
         kept = (None, None) if low else (t1, t2)
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
@@ -104,7 +104,7 @@ class InvertedResidual(torch.autograd.Function):
 
         c, parts3 = _norm.applied_gradients(dbn3, bn3, counts[3], configs[3], wanted[3])
         behind = None if c is None else t3
-        du, dproject, table = raw.pointwise_conv_bwd(dt3, behind, c, t2, bn2, _SWISH, project, counts[2])
+        du, dproject, table, *_ = raw.pointwise_conv_bwd(dt3, behind, c, t2, bn2, _SWISH, project, counts[2])
         c, parts2 = gradients(2, table, bn2)
         if stride * upsample == 1 and impl != "cuda":  # whose tiles overlap in dy: du is memory of its own
             ddepthwise, table = raw.depthwise_conv_bwd_(du, t2, c, t1, bn1, _SWISH, depthwise, 1, counts[1])
@@ -113,10 +113,15 @@ class InvertedResidual(torch.autograd.Function):
             du, ddepthwise, table = depthwise_conv_bwd(du, t2, c, t1, bn1, _SWISH, depthwise, *sizes, counts[1])
         del t2
         c, parts1 = gradients(1, table, bn1)
-        du, dexpand, table = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
+        du, dexpand, table, *_ = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
         c, parts0 = gradients(0, table, bn0)
         raw.bn_act_affine_(du, x, c, *also)
         return du, dexpand, ddepthwise, dproject, *(None,) * 6, *parts0, *parts1, *parts2, *parts3
+
+
+def _pointwise(x: Tensor, bn: Tensor, act: int, weight: Tensor, stats: bool, behind: _norm.Following) -> tuple[Tensor, Tensor]:
+    """(y, its statistics, or the table of the normalisation behind it)"""
+    return torch.ops.nvae_fast.pointwise_conv_fwd(x, bn, act, weight, stats, False, None, None, None, *behind)[:2]
 
 
 def _raw_ops(impl: str) -> tuple[Any, Any, Any]:

@@ -3,7 +3,7 @@
 Products of tiles, summed in float32. What stands before one (a normalisation with its activation, or the backward of the
 normalisation behind y) is applied to the operand in registers and rounded to the storage type, as autocast rounds what a
 convolution reads. Sums over rows are taken by tiles, or by tasks of CHUNK rows, and joined in float64 (kernels/_join.py): by
-the last tile, those of the weight's gradient by programs of the next kernel.
+the last tile, those of the weight's gradient and the bias's by programs of the next kernel.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
     SHIFT,
-    activate,
     differentiate,
-    load_pitched,
     load_row,
     load_rows,
     multiple,
@@ -34,59 +32,31 @@ from nvae_fast.kernels._tile import (
 )
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
+from nvae_fast.kernels.pointwise_conv._device import add_product, gradient_of, store_products, tile_of
 
 PROGRAMS = 256  # that a GPU should get at least: two for each of its multiprocessors
 
 
 @triton.jit
-def tile_of(program, WIDTH, BLOCK: tl.constexpr):
-    """(tile of rows, block of columns, columns) of a program: those of one tile of rows run side by side and meet in the
-    second-level cache."""
-    across = tl.cdiv(WIDTH, BLOCK)
-    return program // across, program % across, program % across * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def load_activated(x_ptr, bn_ptr, m, k, M, K, ACT: tl.constexpr):
-    """A = act(scale x + shift) [BLOCK_M, BLOCK_K] as stored, or x without bn; columns outside are 0."""
-    a = load_pitched(x_ptr, m, k, M, K, K)
-    if bn_ptr is not None:
-        scale, shift = load_row(bn_ptr, SCALE, k, K), load_row(bn_ptr, SHIFT, k, K)
-        a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT).to(x_ptr.dtype.element_ty)
-    return a
-
-
-@triton.jit
-def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS: tl.constexpr):
-    """g = c0 dy + c1 y + c2 [BLOCK_M, BLOCK_N] as stored, or dy without c; columns outside are 0. In a c of 2 rows c0 is 1."""
-    g = load_pitched(dy_ptr, m, n, M, N, N)
-    if c_ptr is not None:
-        c1, c2 = load_row(c_ptr, C_ROWS - 2, n, N), load_row(c_ptr, C_ROWS - 1, n, N)
-        rest = load_pitched(y_ptr, m, n, M, N, N).to(tl.float32) * c1[None, :]
-        wide = g.to(tl.float32)
-        if C_ROWS == 3:
-            wide *= load_row(c_ptr, 0, n, N)[None, :]
-        g = (wide + rest + c2[None, :]).to(dy_ptr.dtype.element_ty)
-    return g
-
-
-@triton.jit
-def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, sums_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M,
-                              K, N, P, ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, bias_ptr, addend_ptr, beside_ptr, y_ptr, out_ptr, norm, sums_ptr,
+                              parts_ptr, tickets_ptr, TASKS, GROUP, M, K, B, N, P, ACT: tl.constexpr, WIDE: tl.constexpr,
+                              UNIT_K: tl.constexpr, UNIT_B: tl.constexpr, UNIT_N: tl.constexpr,
                               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """y = A W^T. out [2, N], mean and variance of y as stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's mean
-    and sum of squares about it. sums [images + tiles, N]: row image + tile is the sum of y over the rows of that image (of P)
-    in that tile."""
-    K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
+    """y = A W^T + bias + addend, A of x and, behind its K channels, of the B of `beside`. out [2, N], mean and variance of y as
+    stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's mean and sum of squares about it. sums [images + tiles,
+    N]: row image + tile is the sum of y over the rows of that image (of P) in that tile."""
+    K, B, N = multiple(K, UNIT_K), multiple(B, UNIT_B), multiple(N, UNIT_N)
     tile, block, n = tile_of(tl.program_id(0), N, BLOCK_N)
     first = offset_of(tile, WIDE) * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
-        w = tl.load(w_ptr + n[None, :] * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(a, w, total, input_precision="ieee")
+    total = add_product(total, x_ptr, bn_ptr, w_ptr, m, n, M, K, N, K + B, ACT, BLOCK_K)
+    if beside_ptr is not None:
+        total = add_product(total, beside_ptr, None, w_ptr + K, m, n, M, B, N, K + B, ACT, BLOCK_K)
+    if bias_ptr is not None:
+        total += load_row(bias_ptr, 0, n, N).to(tl.float32)[None, :]
+    if addend_ptr is not None:
+        total += load_rows(addend_ptr, m, n, M, N)
     y = total.to(y_ptr.dtype.element_ty)
     store_rows(y_ptr, m, n, M, N, y)
     if (parts_ptr is not None) or (sums_ptr is not None):
@@ -119,23 +89,36 @@ def pointwise_conv_means_kernel(sums_ptr, means_ptr, M, N, P, TILE, BLOCK_T: tl.
 
 
 @triton.jit
-def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dparts_ptr, dw_ptr, DTASKS, LEAD,
-                             share, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, C_ROWS: tl.constexpr, ACT: tl.constexpr,
-                             WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
+def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, beside_ptr, w_ptr, also_ptr, du_ptr, dbeside_ptr, out_ptr,
+                             dparts_ptr, bparts_ptr, dw_ptr, dbias_ptr, DTASKS, LEAD, share, parts_ptr, tickets_ptr, TASKS,
+                             GROUP, M, K, B, N, C_ROWS: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr,
+                             UNIT_K: tl.constexpr, UNIT_B: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
                              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """du = (G W) act'(u), or G W without bn; the table of gradients from parts [tiles, 2, K]: sum(du), sum(du (x - mean)), of
-    du before it is rounded. The first LEAD programs join what the kernel before has left of dw [N, K]."""
-    K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
+    """du = (G W) act'(u) + also, u = x without bn, and the same of `beside`, whose columns follow; the table of gradients from
+    parts [tiles, 2, K]: sum(du), sum(du (x - mean)), of du before it is rounded. The first LEAD programs join what the kernel
+    before has left of dw [N, K + B], then of dbias."""
+    K, B, N = multiple(K, UNIT_K), multiple(B, UNIT_B), multiple(N, UNIT_N)
     if tl.program_id(0) < LEAD:
-        join_columns(dparts_ptr, dw_ptr, tl.program_id(0), DTASKS, N * K)
+        columns = tl.cdiv(N * (K + B), COLUMNS)
+        if tl.program_id(0) < columns:
+            join_columns(dparts_ptr, dw_ptr, tl.program_id(0), DTASKS, N * (K + B))
+        elif dbias_ptr is not None:
+            join_columns(bparts_ptr, dbias_ptr, tl.program_id(0) - columns, DTASKS, N)
         return
-    tile, block, k = tile_of(tl.program_id(0) - LEAD, K, BLOCK_K)
+    program, tiles_of_x = tl.program_id(0) - LEAD, tl.maximum(tl.cdiv(K, BLOCK_K), 1)
+    across = tiles_of_x + tl.cdiv(B, BLOCK_K)
+    tile, block = program // across, program % across
     m = offset_of(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    du = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
-        du = tl.dot(g, load_pitched(w_ptr, n, k, N, K, K), du, input_precision="ieee")
+    if beside_ptr is not None:
+        if block >= tiles_of_x:
+            b = (block - tiles_of_x) * BLOCK_K + tl.arange(0, BLOCK_K)
+            du = gradient_of(dy_ptr, y_ptr, c_ptr, w_ptr + K, m, b, M, B, N, K + B, C_ROWS, BLOCK_N)
+            if ACT:
+                du = differentiate(du, load_rows(beside_ptr, m, b, M, B), ACT)
+            store_rows(dbeside_ptr, m, b, M, B, du)
+            return
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    du = gradient_of(dy_ptr, y_ptr, c_ptr, w_ptr, m, k, M, K, N, K + B, C_ROWS, BLOCK_N)
     if bn_ptr is not None:
         x = load_rows(x_ptr, m, k, M, K)
         scale, shift = load_row(bn_ptr, SCALE, k, K), load_row(bn_ptr, SHIFT, k, K)
@@ -144,6 +127,10 @@ def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr,
         parts = parts_ptr + offset_of(tile, WIDE) * 2 * K
         store_row(parts, 0, k, K, tl.sum(du, 0))
         store_row(parts, 1, k, K, tl.sum(du * (x - load_row(bn_ptr, MEAN, k, K)[None, :]), 0))
+    elif ACT:
+        du = differentiate(du, load_rows(x_ptr, m, k, M, K), ACT)
+    if also_ptr is not None:
+        du += load_rows(also_ptr, m, k, M, K)
     store_rows(du_ptr, m, k, M, K, du)
     if bn_ptr is not None:
         done, total, moment = joined_sums(parts_ptr, tickets_ptr, tile, block, k, K, TASKS, GROUP)
@@ -152,43 +139,55 @@ def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr,
 
 
 @triton.jit
-def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, M, K, N, CHUNK, C_ROWS: tl.constexpr,
-                                  ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """parts [tasks, N, K]: G^T A over a task's CHUNK rows"""
-    K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
-    rest, _, k = tile_of(tl.program_id(0), K, BLOCK_K)
-    task, n = rest // tl.cdiv(N, BLOCK_N), rest % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, beside_ptr, parts_ptr, bparts_ptr, M, K, B, N, CHUNK,
+                                  C_ROWS: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr,
+                                  UNIT_B: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                  BLOCK_K: tl.constexpr):  # fmt: skip
+    """parts [tasks, N, K + B]: G^T A over a task's CHUNK rows; bparts [tasks, N]: the sums of G"""
+    K, B, N = multiple(K, UNIT_K), multiple(B, UNIT_B), multiple(N, UNIT_N)
+    tiles_of_x = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
+    across, down = tiles_of_x + tl.cdiv(B, BLOCK_K), tl.cdiv(N, BLOCK_N)
+    rest, block = tl.program_id(0) // across, tl.program_id(0) % across
+    task, n = rest // down, rest % down * BLOCK_N + tl.arange(0, BLOCK_N)
     first = offset_of(task, WIDE) * CHUNK
-    m = first + tl.arange(0, BLOCK_M)
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for _ in range(0, tl.minimum(M - first, CHUNK).to(tl.int32), BLOCK_M):
-        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
-        if c_ptr is not None:
-            g = tl.where((m < M)[:, None], g, 0.0)  # c2 stands in rows past the end
-        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
-        total = tl.dot(tl.trans(g), a, total, input_precision="ieee")
-        m += BLOCK_M
-    store_rows(parts_ptr + task.to(tl.int64) * N * K, n, k, N, K, total)
+    rows = tl.minimum(M - first, CHUNK).to(tl.int32)
+    parts_ptr += task.to(tl.int64) * N * (K + B)
+    if beside_ptr is not None:
+        if block >= tiles_of_x:
+            b = (block - tiles_of_x) * BLOCK_K + tl.arange(0, BLOCK_K)
+            store_products(dy_ptr, y_ptr, c_ptr, beside_ptr, None, parts_ptr + K, None, first, rows, n, b, M, B, N, K + B,
+                           C_ROWS, ACT, BLOCK_M)  # fmt: skip
+            return
+    if bparts_ptr is not None:
+        bparts_ptr += task * N
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    store_products(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, bparts_ptr, first, rows, n, k, M, K, N, K + B, C_ROWS, ACT,
+                   BLOCK_M)  # fmt: skip
 
 
 def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool,
-                       *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, weight = _triton.image("x", x), _weight(weight, x)
-    images, pixels, sizes = x.shape[0], x.shape[2] * x.shape[3], _sizes(x, weight)
-    rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
-    bn, y = _triton.floats("coefficients", bn, 5, fan), empty_image(x, images, out, *x.shape[2:])
+                       bias: Tensor | None = None, addend: Tensor | None = None,
+                       beside: Tensor | None = None, *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x, beside = _triton.image("x", x), _beside(beside, x, bn)
+    weight, sizes = _weight(weight, x, beside)
+    images, pixels = x.shape[0], x.shape[2] * x.shape[3]
+    rows, out = sizes["M"], sizes["N"]
+    bn, y = _triton.floats("coefficients", bn, 5, x.shape[1]), empty_image(x, images, out, *x.shape[2:])
+    if bias is not None and bias.shape != (out,):
+        raise RuntimeError(f"bias has shape {tuple(bias.shape)}; expected ({out},)")
+    bias, addend = None if bias is None else bias.contiguous(), None if addend is None else _triton.image("addend", addend, y)
     found = [x.new_empty(n, out, dtype=torch.float32) for n in (Following(*norm).rows(stats), images if means else 0)]
-    if not y.numel() or not fan:
-        return y.zero_(), zero_stats(x, out, stats, norm, rows), found[1].zero_()
-    block_m, block_n, block_k, options = _tile(WITH_MEANS if means else FORWARD, x, rows, out, fan)
+    if not y.numel():
+        return y, zero_stats(x, out, stats, norm, rows), found[1].zero_()
+    fan = sizes["K"] + sizes["B"]
+    block_m, block_n, block_k, options = _tile(HOLDING_MORE if means or beside is not None else FORWARD, x, rows, out, fan)
     count = triton.cdiv(rows, block_m)
     parts = join(x, count, out, triton.cdiv(out, block_n)) if stats else NO_JOIN
     sums = x.new_empty(images + count, out, dtype=torch.float32) if means else None
     pointwise_conv_fwd_kernel[(count * triton.cdiv(out, block_n),)](
-        *(x, bn, weight, y, found[0], following(norm, out, rows), sums, *parts),
+        *(x, bn, weight, bias, addend, beside, y, found[0], following(norm, out, rows), sums, *parts),
         **sizes | options,
-        **dict(P=pixels, ACT=act, WIDE=_wide(x, y), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+        **dict(P=pixels, ACT=act, WIDE=_wide(x, y, beside), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
     )
     if sums is not None:
         grid = (images, triton.cdiv(out, 32))
@@ -197,63 +196,87 @@ def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
 
 
 def pointwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int,
-                       weight: Tensor, count: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, w = _triton.image("x", x), _weight(weight, x)
-    sizes = _sizes(x, w)
+                       weight: Tensor, count: float = 0.0, bias: bool = False, also: Tensor | None = None,
+                       beside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x, beside = _triton.image("x", x), _beside(beside, x, bn)
+    w, sizes = _weight(weight, x, beside)
     rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
     like = x.new_empty(()).expand(x.shape[0], out, *x.shape[2:])
     dy = _triton.image("dy", dy, like)
     if (y is None) != (c is None):
         raise RuntimeError("pointwise_conv: expected both y and c, or neither")
+    if also is not None and bn is not None:
+        raise RuntimeError("pointwise_conv: du is no gradient of x: expected no other one to add, or no coefficients")
     y, c = (
         None if y is None else _triton.image("y", y, like),
         _triton.floats("c", c, 2 if c is not None and len(c) == 2 else 3, out),
     )
+    also = None if also is None else _triton.image("also", also, x)
     bn, du = _triton.floats("coefficients", bn, 5, fan), empty_image(x, *x.shape)
+    dbeside = x.new_empty(0) if beside is None else empty_image(beside, *beside.shape)
     table, dweight = x.new_empty(0 if bn is None else GRADIENTS, fan, dtype=torch.float32), weight.new_empty(weight.shape)
-    if not x.numel() or not dy.numel():
-        return du.zero_(), dweight.zero_(), table.zero_()
-    common = sizes | {"C_ROWS": 0 if c is None else len(c), "ACT": act, "WIDE": _wide(x, dy)}
+    dbias = weight.new_empty(out if bias else 0)
+    if not dy.numel() or not weight.numel():
+        du = du.zero_() if also is None else du.copy_(also)
+        if bias:
+            dbias = dy.sum((0, 2, 3))
+        return du, dweight.zero_(), table.zero_(), dbias, dbeside.zero_()
+    common = sizes | {"C_ROWS": 0 if c is None else len(c), "ACT": act, "WIDE": _wide(x, dy, beside)}
     block_n, block_k, block_m, options = _tile(DWEIGHT, x, out, fan, rows)
-    tiles = triton.cdiv(out, block_n) * triton.cdiv(fan, block_k)
+    tiles = triton.cdiv(out, block_n) * _across(sizes, block_k)
     tasks, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // tiles)
-    dparts = table.new_empty(tasks, out, fan)
+    dparts, bparts = x.new_empty(tasks, *w.shape, dtype=torch.float32), None
+    if bias:
+        bparts = x.new_empty(tasks, out, dtype=torch.float32)
     pointwise_conv_dweight_kernel[(tiles * tasks,)](
-        *(dy, y, c, x, bn, dparts), **common | options, CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
+        *(dy, y, c, x, bn, beside, dparts, bparts),
+        **common | options,
+        **dict(CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
     )
     block_m, block_k, block_n, options = _tile(BACKWARD, x, rows, fan, out)
-    tiles, across = triton.cdiv(rows, block_m), triton.cdiv(fan, block_k)
+    tiles, across = triton.cdiv(rows, block_m), _across(sizes, block_k)
     parts = NO_JOIN if bn is None else join(x, tiles, fan, across)
-    lead = triton.cdiv(out * fan, COLUMNS.value)
+    lead = triton.cdiv(w.numel(), COLUMNS.value) + triton.cdiv(len(dbias), COLUMNS.value)
     pointwise_conv_du_kernel[(lead + tiles * across,)](
-        *(dy, y, c, x, bn, w, du, table, dparts, dweight, tasks, lead, share(count), *parts),
+        *(dy, y, c, x, bn, beside, w, also, du, dbeside, table, dparts, bparts, dweight, dbias if bias else None),
+        *(tasks, lead, share(count), *parts),
         **common | options,
         **dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
     )
-    return du, dweight, table
+    return du, dweight, table, dbias, dbeside
 
 
-def _weight(weight: Tensor, x: Tensor) -> Tensor:
-    """[N, K], dense"""
-    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 1, 1) or weight.dtype != x.dtype:
-        wanted = f"{x.dtype} [C_out, {x.shape[1]}, 1, 1]"
+def _beside(beside: Tensor | None, x: Tensor, bn: Tensor | None) -> Tensor | None:
+    """The other input, dense and channels-last"""
+    if beside is None:
+        return None
+    if bn is not None:
+        raise RuntimeError("pointwise_conv: expected coefficients, or another input beside x, not both")
+    return _triton.image("beside", beside, x.new_empty(()).expand(x.shape[0], beside.shape[1], *x.shape[2:]))
+
+
+def _weight(weight: Tensor, x: Tensor, beside: Tensor | None) -> tuple[Tensor, dict[str, int]]:
+    """([N, K + B], dense; the sizes of a call)"""
+    fan, more = x.shape[1], 0 if beside is None else beside.shape[1]
+    if weight.dim() != 4 or weight.shape[1:] != (fan + more, 1, 1) or weight.dtype != x.dtype:
+        wanted = f"{x.dtype} [C_out, {fan + more}, 1, 1]"
         raise RuntimeError(f"weight has shape {tuple(weight.shape)} and type {weight.dtype}; expected {wanted}")
-    return weight.flatten(1).contiguous()
+    sizes = {"M": x.shape[0] * x.shape[2] * x.shape[3], "K": fan, "B": more, "N": len(weight)}
+    return weight.flatten(1).contiguous(), sizes | {f"UNIT_{n}": _triton.unit(sizes[n]) for n in "KBN"}
 
 
-def _sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
-    out, fan = weight.shape
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    return {"M": rows, "K": fan, "N": out, "UNIT_K": _triton.unit(fan), "UNIT_N": _triton.unit(out)}
+def _across(sizes: dict[str, int], block: int) -> int:
+    """Blocks of the columns of x (one at least, of which the bias's gradient is) and of what stands beside it"""
+    return max(triton.cdiv(sizes["K"], block), 1) + triton.cdiv(sizes["B"], block)
 
 
-def _wide(*images: Tensor) -> bool:
-    return any(_triton.wide(t) for t in images)
+def _wide(*images: Tensor | None) -> bool:
+    return any(t is not None and _triton.wide(t) for t in images)
 
 
 # By size of a stored value: tiles [rows, columns], the values summed over at a time, and warps; the largest first.
 FORWARD = {2: ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
-WITH_MEANS = {2: FORWARD[2][1:], 4: FORWARD[4]}  # whose sums of samples would spill at the largest tile on sm_80
+HOLDING_MORE = {2: FORWARD[2][1:], 4: FORWARD[4]}  # means, or another input, would spill at the largest tile on sm_80
 BACKWARD = {2: ((64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
 DWEIGHT = {2: ((128, 64, 64, 8),), 4: ((64, 64, 16, 8),)}
 

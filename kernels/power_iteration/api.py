@@ -70,7 +70,7 @@ def power_iteration(
                 f"({columns[i]},) for a weight of shape {tuple(size)}"
             )
         if not w.device == left.device == right.device == device:
-            check_beside(weights[0], beside="weights[0]", **{f"weights[{i}]": w, f"u[{i}]": left, f"v[{i}]": right})
+            check_beside(weights[0], called="weights[0]", **{f"weights[{i}]": w, f"u[{i}]": left, f"v[{i}]": right})
     if _impl.resolve_impl("power_iteration", impl, *weights) == "reference":
         return reference.power_iteration(weights, u, v, iterations=iterations, eps=eps)
     sigma, new_u, new_v = ops.PowerIteration.apply(iterations, eps, *weights, *u, *v)

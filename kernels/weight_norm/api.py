@@ -64,7 +64,7 @@ def weight_norm(
         if l.shape != expected:
             raise ValueError(f"log_norms[{i}] of shape {tuple(l.shape)}: expected {expected}, one per output channel")
         if not (w.device == l.device == device and l.is_floating_point()):
-            check_beside(weights[0], beside="weights[0]", **{f"weights[{i}]": w, f"log_norms[{i}]": l})
+            check_beside(weights[0], called="weights[0]", **{f"weights[{i}]": w, f"log_norms[{i}]": l})
         if m is None:
             continue
         if m.device != device:

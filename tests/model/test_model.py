@@ -118,8 +118,9 @@ def test_decoding_the_drawn_latents_gives_the_logits_of_the_pass(config, flows, 
 
     def record(draw, batch):
         def wrapped(i, h):
-            latents.append(draw(i, h))
-            return latents[-1]
+            z, h = draw(i, h)
+            latents.append(z)
+            return z, h
 
         return top_down(wrapped, batch)
 

@@ -39,7 +39,11 @@ def calls(channels: int, h: int, w: int, batch: int = 2) -> dict[str, tuple[str,
     skip, branch, *gate = se_tensors(batch, channels, h, w)
     return {
         "bn_act": ("bn_act_stats", (x,), 0),
-        "pointwise": ("pointwise_conv_fwd", (image(batch, 9, h, w), None, 0, tensor(channels, 9, 1, 1), True, True), 1),
+        "pointwise": (
+            "pointwise_conv_fwd",
+            (image(batch, 9, h, w), None, 0, tensor(channels, 9, 1, 1), True, True, *[None] * 3),
+            1,
+        ),
         "depthwise": ("depthwise_conv_fwd", (x, None, 0, tensor(channels, 1, 3, 3), 1, 1, 1, True), 1),
         "se": ("se_residual_fwd", (skip, branch, None, *gate, None, 0.1, True), 2),
     }

@@ -102,7 +102,7 @@ def test_weights_of_convolutions(impl):
     assert "weight has shape (): expected [6, 1, k, k] with k odd" in say(depthwise, weight=torch.tensor(1.0))
     assert "expected [6, 1, k, k] with k odd" in say(depthwise, weight=tensor(6, 1, 4, 4))
     assert "with k odd" in say(depthwise, weight=torch.zeros(6, 1, 0, 0))
-    assert "act 'swish' without norm: pass the normalisation before it" in say(pointwise, norm=None)
+    assert "act 'swish' without norm: pass the normalisation before it" in say(depthwise, norm=None, weight=tensor(6, 1, 3, 3))
     for op, shape in ((pointwise, (4, 6, 1, 1)), (depthwise, (6, 1, 3, 3))):
         assert "they must be alike" in say(op, weight=tensor(*shape).double())
         assert "weight torch.float32 on meta" in say(op, weight=tensor(*shape).to("meta"))

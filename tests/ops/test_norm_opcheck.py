@@ -21,7 +21,7 @@ def arguments() -> dict[str, tuple]:
     stats = RAW.bn_act_stats(x)
     weight, bias, c = tensor(6), tensor(6, seed=1), tensor(3, 6)
     bn = RAW.bn_act_coefficients(stats, weight, bias, 1e-5)
-    expand, taps = tensor(4, 6, 1, 1), tensor(6, 1, 3, 3)
+    expand, joint, taps = tensor(4, 6, 1, 1), tensor(4, 12, 1, 1), tensor(6, 1, 3, 3)
     wide, strided, doubled = image(2, 4, 5, 4), image(2, 6, 3, 2), image(2, 6, 10, 8)
     skip, _, w1, b1, w2, b2 = se_tensors(2, 6, 5, 4)
     state, ungated = (
@@ -31,7 +31,7 @@ def arguments() -> dict[str, tuple]:
     return {
         "bn_act_stats": (x,),
         "bn_act_stats followed": (x, *moves),
-        "pointwise_conv_fwd followed": (x, bn, 1, tensor(6, 6, 1, 1), True, True, *moves),
+        "pointwise_conv_fwd followed": (x, bn, 1, tensor(6, 6, 1, 1), True, True, None, None, None, *moves),
         "depthwise_conv_fwd followed": (x, bn, 1, taps, 1, 1, 1, True, *moves),
         "depthwise_conv_fwd followed plain": (x, bn, 1, taps, 1, 1, 1, True, [1e-5, 0.1, 1.0]),
         "se_residual_fwd followed": (skip, x, bn, w1, b1, w2, b2, None, 0.1, True, *moves),
@@ -57,6 +57,8 @@ def arguments() -> dict[str, tuple]:
         "pointwise_conv_bwd": (wide, wide, tensor(3, 4), x, bn, 1, expand, 40.0),
         "pointwise_conv_bwd scaled": (wide, wide, tensor(2, 4), x, bn, 1, expand, 40.0),
         "pointwise_conv_bwd plain": (wide, None, None, x, None, 0, expand),
+        "pointwise_conv_fwd beside": (x, None, 2, joint, True, False, bias[:4], wide, y),
+        "pointwise_conv_bwd beside": (wide, None, None, x, None, 2, joint, 0.0, True, skip, y),
         "depthwise_conv_fwd": (x, bn, 1, taps, 1, 1, 1, True),
         "depthwise_conv_fwd stride": (x, None, 0, taps, 2, 2, 1, False),
         "depthwise_conv_fwd upsample": (x, bn, 2, taps, 1, 1, 2, True),

@@ -18,6 +18,8 @@ from norms import (
     same,
     tensor,
 )
+from pointwise_parts import EMPTY, PARTS, everything, nothing, some
+from pointwise_parts import tensors as parts
 
 from nvae_fast import functional as F
 
@@ -37,6 +39,21 @@ def tensors(n, c_in, c_out, h, w):
 def test_values_and_gradients(within_budget, shape, act, dtype):
     norms = [norm(shape[1])] if act else []
     check(lambda t, n, impl: pointwise(t, n, impl, act), tensors(*shape), norms, within_budget, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["identity", "swish", "elu"])
+@pytest.mark.parametrize("shape", [(2, 20, 9, 33, 5, 8), (2, 600, 3, 7, 2, 4), (3, 2, 1, 100, 6, 5)], ids=str)
+def test_with_all_that_may_be_added(within_budget, shape, act, dtype):
+    check(everything(act, passed=act == "elu"), parts(*shape), [], within_budget, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("given", PARTS, ids=str)
+def test_each_part_alone(within_budget, given):
+    call, args = some(given)
+    check(call, args, [], within_budget)
 
 
 @needs_native
@@ -75,6 +92,19 @@ def test_auto_takes_the_native_code_for_channels_last_images_only():
     same(outcome(pointwise, args, n, "auto"), outcome(pointwise, args, n, "cpu"))
     nchw = [t.contiguous() for t in args]
     same(outcome(pointwise, nchw, n, "auto"), outcome(pointwise, nchw, n, "reference"))
+
+
+@needs_native
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_nothing_to_sum_leaves_what_is_added(shape):
+    nothing(shape, "cpu")
+
+
+def test_the_reference_is_a_convolution_of_both_inputs():
+    x, weight, bias, beside, addend = parts(2, 9, 5, 7, 3, 4)
+    a = torch.nn.functional.elu(torch.cat((x, beside), 1))
+    y = F.pointwise_conv(x, weight, bias, beside=beside, addend=addend, act="elu", impl="reference")
+    torch.testing.assert_close(y, addend + torch.nn.functional.conv2d(a, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_the_reference_is_nn_conv2d_behind_nn_batch_norm():

@@ -74,7 +74,7 @@ def test_something_between_modules(model, monkeypatch):
     draw = nn.functional.elu
     monkeypatch.setattr("torch.nn.functional.elu", lambda *a, **k: draw(*a, **k) * NAN)
     found = look(model)
-    assert found.where.startswith("enc0.0 (ELU)")
+    assert found.where.startswith("enc_sampler.0 (WeightNormConv2d)")
 
 
 @pytest.mark.parametrize("name", ["post_process.0", "enc_sampler.1", "image_conditional.1"])

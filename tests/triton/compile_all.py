@@ -27,7 +27,7 @@ STORED = {
     f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip", "also", "also2")
 }  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d", "also_")}
-STORED |= {"h1_ptr"}
+STORED |= {"h1_ptr", "addend_ptr", "beside_ptr", "dbeside_ptr"}
 KINDS = {
     "tickets_ptr": "i32",
     "rows_ptr": "i32",
@@ -136,7 +136,7 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_du_kernel": (pointwise.BACKWARD, "MKN"),
     "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
 }
-LARGEST = {("pointwise_conv_fwd_kernel", 128): ("sums_ptr",)}  # what a launcher leaves out at its largest tile
+LARGEST = {("pointwise_conv_fwd_kernel", 128): ("sums_ptr", "beside_ptr")}  # what a launcher leaves out at its largest tile
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
@@ -187,9 +187,9 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         | tile
         | {"WIDE": wide, "STORED": TYPES[storage]}
         | {n: None if n.endswith("_ptr") or n == "norm" else 1 for n in absent}
-        | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_N"), 1 if ones else unit)
+        | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_B", "UNIT_N"), 1 if ones else unit)
     )
-    multiples = ("C", "K", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
+    multiples = ("C", "K", "B", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
     kinds = {}
     for n in names:
         pointed = storage if n in STORED else KINDS.get(n, "fp32")

@@ -1,0 +1,89 @@
+"""pointwise_conv's operands and products of tiles on a GPU; what they are for stands in triton.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nvae_fast.kernels._tile import SCALE, SHIFT, activate, load_pitched, load_row, store_row
+
+
+@triton.jit
+def tile_of(program, WIDTH, BLOCK: tl.constexpr):
+    """(tile of rows, block of columns, columns) of a program: those of one tile of rows run side by side and meet in the
+    second-level cache."""
+    across = tl.cdiv(WIDTH, BLOCK)
+    return program // across, program % across, program % across * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_activated(x_ptr, bn_ptr, m, k, M, K, ACT: tl.constexpr):
+    """A = act(scale x + shift) [BLOCK_M, BLOCK_K] as stored, or act(x) without bn; columns outside are 0."""
+    a = load_pitched(x_ptr, m, k, M, K, K)
+    if bn_ptr is not None:
+        scale, shift = load_row(bn_ptr, SCALE, k, K), load_row(bn_ptr, SHIFT, k, K)
+        a = activate(a.to(tl.float32) * scale[None, :] + shift[None, :], ACT).to(x_ptr.dtype.element_ty)
+    elif ACT:
+        a = activate(a.to(tl.float32), ACT).to(x_ptr.dtype.element_ty)
+    return a
+
+
+@triton.jit
+def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS: tl.constexpr):
+    """g = c0 dy + c1 y + c2 [BLOCK_M, BLOCK_N] as stored, or dy without c; columns outside are 0. In a c of 2 rows c0 is 1."""
+    g = load_pitched(dy_ptr, m, n, M, N, N)
+    if c_ptr is not None:
+        c1, c2 = load_row(c_ptr, C_ROWS - 2, n, N), load_row(c_ptr, C_ROWS - 1, n, N)
+        rest = load_pitched(y_ptr, m, n, M, N, N).to(tl.float32) * c1[None, :]
+        wide = g.to(tl.float32)
+        if C_ROWS == 3:
+            wide *= load_row(c_ptr, 0, n, N)[None, :]
+        g = (wide + rest + c2[None, :]).to(dy_ptr.dtype.element_ty)
+    return g
+
+
+@triton.jit
+def add_product(total, x_ptr, bn_ptr, w_ptr, m, n, M, K, N, PITCH, ACT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """total + A W^T, W [N, K] of rows that are PITCH values apart"""
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
+        w = tl.load(w_ptr + n[None, :] * PITCH + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+        total = tl.dot(a, w, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def gradient_of(dy_ptr, y_ptr, c_ptr, w_ptr, m, k, M, K, N, PITCH, C_ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """G W [BLOCK_M, BLOCK_K], W [N, K] of rows that are PITCH values apart"""
+    du = tl.zeros([m.shape[0], k.shape[0]], tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
+        du = tl.dot(g, load_pitched(w_ptr, n, k, N, K, PITCH), du, input_precision="ieee")
+    return du
+
+
+@triton.jit
+def store_products(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, bparts_ptr, first, rows, n, k, M, K, N, PITCH,
+                   C_ROWS: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """parts [N, K] of rows that are PITCH values apart: G^T A over `rows` rows from the first; bparts [N]: the sums of G, by
+    the programs of column 0"""
+    m = first + tl.arange(0, BLOCK_M)
+    total = tl.zeros([n.shape[0], k.shape[0]], tl.float32)
+    if bparts_ptr is not None:
+        sums = tl.zeros([BLOCK_M, n.shape[0]], tl.float32)
+    for _ in range(0, rows, BLOCK_M):
+        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
+        if c_ptr is not None:
+            g = tl.where((m < M)[:, None], g, 0.0)  # c2 stands in rows past the end
+        if bparts_ptr is not None:
+            sums += g.to(tl.float32)
+        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
+        total = tl.dot(tl.trans(g), a, total, input_precision="ieee")
+        m += BLOCK_M
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    tl.store(parts_ptr + n[:, None] * PITCH + k[None, :], total, mask=inside)
+    if bparts_ptr is not None:
+        if tl.min(k, 0) == 0:
+            store_row(bparts_ptr, 0, n, N, tl.sum(sums, 0))
