@@ -63,6 +63,13 @@ def store_row(ptr, row, c, C, value):
 
 
 @triton.jit
+def store_taps(w_ptr, taps_ptr, c, C, TAPS: tl.constexpr):
+    """taps [TAPS^2, C] of the weight [C, TAPS^2] of a depthwise convolution, those of the channels c"""
+    for tap in range(TAPS * TAPS):
+        tl.store(taps_ptr + tap * C + c, tl.load(w_ptr + c * TAPS * TAPS + tap, mask=c < C), mask=c < C)
+
+
+@triton.jit
 def activate(u, ACT: tl.constexpr):
     if ACT == SWISH:
         u = u * tl.sigmoid(u)

@@ -26,6 +26,7 @@ from nvae_fast.kernels._tile import (
     offset_of,
     store_row,
     store_rows,
+    store_taps,
 )
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import (  # noqa: F401
@@ -76,9 +77,7 @@ def bn_act_fwd_kernel(x_ptr, bn_ptr, y_ptr, w_ptr, taps_ptr, M, C, ACT: tl.const
     store_rows(y_ptr, m, c, M, C, activate(u, ACT))
     if w_ptr is not None:
         if tl.program_id(0) == 0:
-            for tap in range(TAPS * TAPS):
-                w = tl.load(w_ptr + c * TAPS * TAPS + tap, mask=c < C)
-                tl.store(taps_ptr + tap * C + c, w, mask=c < C)
+            store_taps(w_ptr, taps_ptr, c, C, TAPS)
 
 
 @triton.jit

@@ -2,8 +2,7 @@
 
 Simple rather than fast, for any kernel size: a kernel reads an image once for every tap, from the caches, so what stands before
 the convolution (norm and activation; in the backward c0 dy + c1 y + c2) is stored once instead of being computed for every tap.
-Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 (kernels/_join.py): by the last task, those of
-the weight's gradient by programs of the next kernel.
+Sums over rows are taken by tasks of CHUNK rows in float32 and joined in float64 by the last task (kernels/_join.py).
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import COLUMNS, NO_JOIN, join, join_columns, joined_stats, joined_sums
+from nvae_fast.kernels._join import GROUPS, NO_JOIN, arrive, join, joined_stats, joined_sums
 from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
     SHIFT,
+    activate,
     differentiate,
     load_row,
     load_rows,
@@ -29,10 +29,13 @@ from nvae_fast.kernels._tile import (
     offset_of,
     store_row,
     store_rows,
+    store_taps,
 )
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
+
+JOINED = tl.constexpr(8)  # parts of the weight's gradient that a program reads at a time
 
 
 @triton.jit
@@ -89,50 +92,81 @@ def depthwise_conv_fwd_kernel(x_ptr, w_ptr, y_ptr, out_ptr, norm, parts_ptr, tic
 
 
 @triton.jit
-def depthwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, g_ptr, x_ptr, parts_ptr, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK,
-                                  TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr,
-                                  UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-                                  BLOCK_C: tl.constexpr):  # fmt: skip
-    """parts [tasks, C, TAPS^2]: the weight's gradient over a task's rows of g = c0 dy + c1 y + c2, which is written on the way
-    (without c it is dy)."""
-    C = multiple(C, UNIT)
-    task, c = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tap = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+def depthwise_conv_g_kernel(dy_ptr, y_ptr, c_ptr, g_ptr, w_ptr, taps_ptr, M, C, TAPS: tl.constexpr, WIDE: tl.constexpr,
+                            BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """g = c0 dy + c1 y + c2, the gradient of y, and by the first programs the weight [C, TAPS^2] as taps [TAPS^2, C]."""
+    m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
+    g = load_rows(dy_ptr, m, c, M, C) * c0[None, :] + load_rows(y_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
+    store_rows(g_ptr, m, c, M, C, g)
+    if tl.program_id(0) == 0:
+        store_taps(w_ptr, taps_ptr, c, C, TAPS)
+
+
+@triton.jit
+def load_behind(g_ptr, image, i, j, c, inside, OUT_H, OUT_W, C, STRIDE: tl.constexpr):
+    """g of the outputs that lie at (i, j) of the image that was convolved; 0 where there is none."""
+    inside &= (i >= 0) & (i < OUT_H * STRIDE) & (j >= 0) & (j < OUT_W * STRIDE)
+    if STRIDE > 1:
+        inside &= (i % STRIDE == 0) & (j % STRIDE == 0)
+    return load_pixels(g_ptr, image, i // STRIDE, j // STRIDE, c, inside, OUT_H, OUT_W, C)
+
+
+@triton.jit
+def add_weight_gradient(g_ptr, x_ptr, bn_ptr, dw_ptr, parts_ptr, tickets_ptr, i, TASKS, M, C, H, W, OUT_H, OUT_W, DILATION,
+                        CHUNK, ACT: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
+                        WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+                        BLOCK_C: tl.constexpr):  # fmt: skip
+    """dw [C, TAPS^2] = sum of act(u) g behind it: program i of a block of channels takes BLOCK_T taps of a task of pixels of x.
+    The last program of these taps joins parts [tasks, TAPS^2, C]."""
+    ACROSS: tl.constexpr = (TAPS * TAPS + BLOCK_T - 1) // BLOCK_T
+    task, c = i // ACROSS, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = i % ACROSS * BLOCK_T + tl.arange(0, BLOCK_T)
     down, right = (tap // TAPS - TAPS // 2) * DILATION, (tap % TAPS - TAPS // 2) * DILATION
     first = offset_of(task, WIDE) * CHUNK
     m = first + tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_T, BLOCK_M, BLOCK_C], tl.float32)
     for _ in range(0, tl.minimum(M - first, CHUNK).to(tl.int32), BLOCK_M):
-        g = load_rows(dy_ptr, m, c, M, C)
-        if c_ptr is not None:
-            c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
-            g = g * c0[None, :] + load_rows(y_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
-            g = tl.where((m < M)[:, None], g, 0.0).to(g_ptr.dtype.element_ty)
-            if tl.program_id(2) == 0:
-                store_rows(g_ptr, m, c, M, C, g)
-            g = g.to(tl.float32)
+        a = load_rows(x_ptr, m, c, M, C)
+        if bn_ptr is not None:
+            u = a * load_row(bn_ptr, SCALE, c, C)[None, :] + load_row(bn_ptr, SHIFT, c, C)[None, :]
+            a = tl.where((m < M)[:, None], activate(u, ACT), 0.0).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the forward
         row = m[None, :, None]
-        h, w = row // OUT_W % OUT_H * STRIDE + down[:, None, None], row % OUT_W * STRIDE + right[:, None, None]
-        inside = (row < M) & (tap < TAPS * TAPS)[:, None, None] & (h >= 0) & (h < UP * H) & (w >= 0) & (w < UP * W)
-        x = load_pixels(x_ptr, row // OUT_W // OUT_H, h // UP, w // UP, c[None, None, :], inside, H, W, C)
-        total += x * g[None, :, :]
+        inside = (row < M) & (tap < TAPS * TAPS)[:, None, None]
+        for copy in range(UP * UP):
+            h = row // W % H * UP + copy // UP - down[:, None, None]
+            w = row % W * UP + copy % UP - right[:, None, None]
+            total += a[None, :, :] * load_behind(g_ptr, row // W // H, h, w, c[None, None, :], inside, OUT_H, OUT_W, C, STRIDE)
         m += BLOCK_M
-    out = parts_ptr + (task.to(tl.int64) * C + c[None, :]) * TAPS * TAPS + tap[:, None]
-    tl.store(out, tl.sum(total, 1), mask=(c < C)[None, :] & (tap < TAPS * TAPS)[:, None])
+    held = (tap < TAPS * TAPS)[:, None] & (c < C)[None, :]
+    at = tap[:, None] * C + c[None, :]
+    tl.store(parts_ptr + task.to(tl.int64) * TAPS * TAPS * C + at, tl.sum(total, 1), mask=held)
+    if arrive(tickets_ptr + tl.program_id(1) * ACROSS + i % ACROSS, TASKS):
+        dw = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
+        for t0 in range(0, TASKS, JOINED):
+            t = t0 + tl.arange(0, JOINED)
+            some = parts_ptr + t.to(tl.int64)[:, None, None] * TAPS * TAPS * C + at[None, :, :]
+            some = tl.load(some, mask=(t < TASKS)[:, None, None] & held[None, :, :], other=0.0, cache_modifier=".cg")
+            dw += tl.sum(some.to(tl.float64), 0)
+        tl.store(dw_ptr + c[None, :] * TAPS * TAPS + tap[:, None], dw.to(dw_ptr.dtype.element_ty), mask=held)
 
 
 @triton.jit
-def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dparts_ptr, dw_ptr, DTASKS, LEAD, share, parts_ptr,
-                             tickets_ptr, TASKS, GROUP, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK, ACT: tl.constexpr,
-                             TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, WIDE: tl.constexpr,
-                             UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def depthwise_conv_bwd_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dw_ptr, share, dparts_ptr, dtickets_ptr, DTASKS,
+                              DCHUNK, parts_ptr, tickets_ptr, TASKS, GROUP, M, C, H, W, OUT_H, OUT_W, DILATION, CHUNK,
+                              ACT: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
+                              WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                              BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """du = (g conv^T w) act'(u), without bn g conv^T w; the table of gradients from parts [tasks, 2, C]: sum(du), sum(du (x -
-    mean)), of du as stored. The first LEAD rows of programs join what the kernel before has left of dw [C, TAPS^2]."""
+    mean)), of du as stored. The first programs take the weight's gradient."""
     C = multiple(C, UNIT)
-    if tl.program_id(0) < LEAD:
-        join_columns(dparts_ptr, dw_ptr, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), DTASKS, C * TAPS * TAPS)
+    lead = DTASKS * ((TAPS * TAPS + BLOCK_T - 1) // BLOCK_T)
+    if tl.program_id(0) < lead:
+        add_weight_gradient(g_ptr, x_ptr, bn_ptr, dw_ptr, dparts_ptr, dtickets_ptr, tl.program_id(0), DTASKS, M, C, H, W, OUT_H,
+                            OUT_W, DILATION, DCHUNK, ACT, TAPS, STRIDE, UP, WIDE, BLOCK_T, BLOCK_D, BLOCK_C)  # fmt: skip
         return
-    task, c = tl.program_id(0) - LEAD, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    task, c = tl.program_id(0) - lead, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = offset_of(task, WIDE) * CHUNK
     m = first + tl.arange(0, BLOCK_M)
     s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -145,9 +179,7 @@ def depthwise_conv_du_kernel(g_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, out_ptr, dpart
             h = i + a // TAPS // UP - (a % TAPS - TAPS // 2) * DILATION
             for b in tl.static_range(TAPS):
                 w = j + a // TAPS % UP - (b - TAPS // 2) * DILATION
-                inside = (row < M) & (h >= 0) & (h < OUT_H * STRIDE) & (w >= 0) & (w < OUT_W * STRIDE)
-                inside &= (h % STRIDE == 0) & (w % STRIDE == 0)
-                g = load_pixels(g_ptr, image, h // STRIDE, w // STRIDE, c[None, :], inside, OUT_H, OUT_W, C)
+                g = load_behind(g_ptr, image, h, w, c[None, :], row < M, OUT_H, OUT_W, C, STRIDE)
                 du += g * load_row(w_ptr, a % TAPS * TAPS + b, c, C)[None, :]
         if bn_ptr is not None:
             x = load_rows(x_ptr, m, c, M, C)
@@ -213,19 +245,34 @@ def _backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Ten
     if not x.numel():
         return dweight.zero_(), table.zero_()
     sizes["WIDE"] = _wide(x, dy)
-    a, taps = _activated(x, bn, act, weight)
-    g, size = dy if c is None else torch.empty_like(dy), weight[0].numel()
-    rows, grid, chunk, tile = _tasks(dy, taps=size)
-    dparts = table.new_empty(grid[0], channels, size)
-    depthwise_conv_dweight_kernel[grid](dy, y, c, g, a, dparts, M=rows, CHUNK=chunk, **sizes, **tile)
+    g, taps = _behind(dy, y, c, weight)
+    rows, (dtasks, blocks, across), dchunk, dtile = _tasks(x, taps=len(taps))
+    dparts = table.new_empty(dtasks, *taps.shape)
     rows, grid, chunk, tile = _tasks(x)
     parts = NO_JOIN if bn is None else join(x, grid[0], channels, grid[1])
-    lead = triton.cdiv(channels * size, COLUMNS.value * grid[1])
-    depthwise_conv_du_kernel[(lead + grid[0], grid[1])](
-        *(g, x, bn, taps, du, table, dparts, dweight, len(dparts), lead, share(count), *parts),
+    before = blocks * (1 + GROUPS.value)  # tickets that `join` has taken
+    dtickets = _triton.tickets(x.device, before + blocks * across)[before:]
+    tile |= {"BLOCK_T": dtile["BLOCK_T"], "BLOCK_D": dtile["BLOCK_M"]}
+    depthwise_conv_bwd_kernel[(dtasks * across + grid[0], blocks)](
+        *(g, x, bn, taps, du, table, dweight, share(count), dparts, dtickets, dtasks, dchunk, *parts),
         **sizes | tile | dict(M=rows, CHUNK=chunk, ACT=act),
     )
     return dweight, table
+
+
+def _behind(dy: Tensor, y: Tensor | None, c: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(g = c0 dy + c1 y + c2, or dy, the weight as taps [k^2, C])"""
+    if c is None:
+        return dy, weight.flatten(1).t().contiguous()
+    weight, g = weight.contiguous(), torch.empty_like(dy)
+    taps = weight.new_empty(weight[0].numel(), len(weight))
+    channels = len(weight)
+    block_c = _triton.power_of_2(channels, 64)
+    sizes = dict(TAPS=weight.shape[-1], WIDE=_triton.wide(dy), BLOCK_M=2048 // block_c, BLOCK_C=block_c)
+    rows = dy.numel() // channels
+    grid = triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(channels, block_c)
+    depthwise_conv_g_kernel[grid](dy, y, c, g, weight, taps, rows, channels, **sizes)
+    return g, taps
 
 
 def _activated(x: Tensor, bn: Tensor | None, act: int, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigm
 STORED |= {"h1_ptr", "addend_ptr", "beside_ptr", "dbeside_ptr"}
 KINDS = {
     "tickets_ptr": "i32",
+    "dtickets_ptr": "i32",
     "rows_ptr": "i32",
     "batches_ptr": "i64",
     "active_ptr": "i1",
@@ -100,8 +101,7 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "bn_act_bwd_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
     "bn_act_affine_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
     "depthwise_conv_fwd_kernel": [("norm",), ("parts_ptr", "norm")],
-    "depthwise_conv_dweight_kernel": [("y_ptr", "c_ptr", "g_ptr")],
-    "depthwise_conv_du_kernel": [("x_ptr", "bn_ptr", "parts_ptr")],
+    "depthwise_conv_bwd_kernel": [("bn_ptr", "out_ptr", *JOIN)],
     "pointwise_conv_fwd_kernel": [
         ("sums_ptr",),
         ("norm",),
@@ -153,8 +153,7 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
 }
 OTHERS = {  # than CONSTANTS say
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
-    "depthwise_conv_dweight_kernel": [dict(BLOCK_T=8, BLOCK_M=8)],
-    "depthwise_conv_du_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
+    "depthwise_conv_bwd_kernel": [dict(BLOCK_T=8, BLOCK_D=8) | more for more in ({}, dict(STRIDE=2), dict(UP=2))],
     **{f"se_residual_{name}_kernel": [{}, dict(BIAS=True)] for name in ("gate", "fwd", "dgate", "bwd")},
     "weight_norm_fwd_kernel": [{}, SHARED],
     "weight_norm_bwd_kernel": [{}, SHARED],

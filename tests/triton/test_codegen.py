@@ -14,7 +14,9 @@ import pytest
 PRODUCTS = tuple(f"pointwise_conv_{name}_kernel" for name in ("fwd", "du", "dweight"))
 
 JOINING = {f"bn_act_{name}_kernel" for name in ("stats", "sums")} | {"se_residual_fwd_kernel"}  # what their programs leave
-JOINING |= {f"{op}_conv_{name}_kernel" for op in ("depthwise", "pointwise") for name in ("fwd", "du")}
+JOINING |= {
+    f"{name}_kernel" for name in ("depthwise_conv_fwd", "depthwise_conv_bwd", "pointwise_conv_fwd", "pointwise_conv_du")
+}
 OF_IMAGES = {f"se_residual_{name}_kernel" for name in ("gate", "dgate")}  # what the programs of an image leave
 OF_IMAGES |= {"residual_normal_fwd_kernel", "residual_normal_log_prob_fwd_kernel"}
 OF_IMAGES |= {"flow_cell_bwd_kernel"}  # of tiles
@@ -51,14 +53,15 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
             for width in ("32", "64"):
                 row["loads"].pop(width, 0), row["stores"].pop(width, 0)
         if "_conv_" in row["kernel"]:  # tables, a value a thread: at most three of them, three times ahead; sums and tables out
-            assert row["loads"].pop("32", 0) <= 10 and row["stores"].pop("32", 0) <= 13, row
+            assert row["loads"].pop("32", 0) <= 10 and row["stores"].pop("32", 0) <= 18, row
         if row["kernel"] == "bn_act_sums_kernel":  # 1 / sigma, of the last program
             assert row["loads"].pop("32", 0) <= 1, row
-        if row["kernel"] == "bn_act_fwd_kernel" and "w_ptr" not in row.get("absent", ()):  # a weight, value by value
+        taps = row["kernel"] in ("bn_act_fwd_kernel", "depthwise_conv_g_kernel")  # of a weight, value by value
+        if taps and "w_ptr" not in row.get("absent", ()):
             row["loads"] = {"128": row["loads"]["128"]}
             row["stores"] = {"128": row["stores"]["128"]}
             read.remove("w_ptr")
-        if row["kernel"] == "depthwise_conv_dweight_kernel":  # a tile of 8 pixels is 4 values a thread
+        if row["kernel"] == "depthwise_conv_bwd_kernel":  # a tile of 8 pixels is 4 values a thread
             for widths in (w for w in (row["loads"], row["stores"]) if "64" in w):
                 widths["128"] = widths.get("128", 0) + widths.pop("64")
         assert set(row["loads"]) == {"128"} and row["loads"]["128"] >= len(read), row
@@ -75,7 +78,10 @@ def test_parts_are_stored_before_a_ticket_is_drawn_and_read_from_where_all_progr
             (ticket,) = row["joins"]
             assert ticket["stored"] and ticket["ordered"] and ticket["past"], row
             continue
-        assert len(row["joins"]) == 2 - row.get("ones", False), row  # of a group's tasks, of all groups; of a single task
+        tickets = 2 - row.get("ones", False)  # of a group's tasks, of all groups; of a single task
+        if row["kernel"] == "depthwise_conv_bwd_kernel":  # and of the taps' tasks, which are there without bn, too
+            tickets = 1 if "bn_ptr" in row.get("absent", ()) else tickets + 1
+        assert len(row["joins"]) == tickets, row
         assert all(all(ticket.values()) for ticket in row["joins"]), row
 
 
@@ -123,10 +129,10 @@ def test_adamax_reads_and_writes_an_arena_16_bytes_at_a_time(rows):
 
 
 def test_nothing_spills_into_local_memory(rows):
-    """But for a few values of the gradient of a doubled image in float32: ptxas prefers 128 registers and a stack of 8 or 16
-    bytes to the 198 that the kernel takes without doubling. `local` has the bytes of the stack, of stores to it and loads."""
-    stack = {("depthwise_conv_du_kernel", "fp32", 80): 32, ("depthwise_conv_du_kernel", "fp32", 90): 56}
+    """But for a few values of depthwise_conv's backward on sm_80, doubled in float32, with stride 2 in 16 bits: ptxas prefers
+    128 and 168 registers to more. `local` has the bytes of the stack, of stores to it and loads."""
+    stack = {("depthwise_conv_bwd_kernel", "fp32", 80): 56, ("depthwise_conv_bwd_kernel", "fp16", 80): 24}
     spilling = [row for row in rows if row["local"] > stack.get((row["kernel"], row["storage"], row["arch"]), 0)]
-    spilling += [row for row in rows if row["local"] and row["registers"] > 128]
+    spilling += [row for row in rows if row["local"] and row["registers"] > 168]
     assert not spilling
     assert max(row["registers"] for row in rows) < 255
