@@ -74,8 +74,9 @@ def test_any_strides_give_the_same_bits_and_stay(dtype):
         got = run([z, *args[1:]], dy, "cpu")
         assert same(plain, got), name
         assert got[0].stride() == got[1].stride() == torch.empty_like(z).stride(), name
-    weights = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in args[1:4]]
-    assert same(plain, run([args[0], *weights, args[4]], dy.contiguous(memory_format=torch.channels_last), "cpu"))
+    for arrange in (lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), lambda t: t.mT.contiguous().mT):
+        weights = [arrange(t) for t in args[1:4]]
+        assert same(plain, run([args[0], *weights, args[4]], dy.contiguous(memory_format=torch.channels_last), "cpu"))
     for one in (torch.ones((), dtype=dtype).expand_as(dy), torch.randn(6, 1, 1).to(dtype).expand_as(dy)):
         assert same(run(args, one, "cpu"), run(args, one.contiguous(), "cpu"))
 

@@ -41,6 +41,13 @@ def test_any_strides_in_and_back(layout, dtype):
     assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
+def test_a_low_precision_gradient_is_rounded_to_nearest(layout):
+    x, params = make(mixtures=3, size=(2, 13, 12))
+    wide, low = (run(x, LAYOUTS.get(layout, torch.clone)(p), "cpu", 3) for p in (params, params.bfloat16()))
+    assert torch.equal(low[0], wide[0]) and torch.equal(low[1], wide[1].bfloat16())
+
+
 def test_expanded_params_and_gradients():
     x, params = make(size=(4, 6, 5))
     small = params[:1, :, :1, :1].clone().requires_grad_()

@@ -72,6 +72,25 @@ def test_extremes(within_budget, use_set, extreme, bits, isa):
         agrees(within_budget, x, params, bits=bits, compat=compat)
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("channels", [5, 17])
+def test_more_channels_than_a_product_of_probabilities_holds(within_budget, use_set, channels, isa):
+    assert use_set(isa)
+    x, params = make(channels, 2, size=(1, 5, 7), scale=4.0)
+    agrees(within_budget, x, params)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_nearly_saturated_coefficients_keep_the_digits_of_their_slopes(use_set, isa):
+    assert use_set(isa)
+    x, params = make(size=(2, 9, 8))
+    rows = [6, 7, 12, 13, 18, 19]
+    params[:, rows] = (params[:, rows].sign() * 5.0) + params[:, rows]
+    (_, got), (_, exact) = run(x, params, "cpu"), run(x.double(), params.double(), "reference")
+    for row in rows:
+        torch.testing.assert_close(got[:, row].double(), exact[:, row], rtol=1e-4, atol=1e-6 * exact[:, row].abs().max().item())
+
+
 @pytest.mark.parametrize("bits", [5, 8])
 def test_narrow_components_in_the_middle_of_their_bins(within_budget, bits):
     x, params = make(1, 1, bits, (1, 8, 16))

@@ -58,14 +58,15 @@ def test_the_reference_joins_nothing_and_values_keep_their_strides():
 @native
 def test_what_needs_no_gradient_has_none():
     weights, norms, masks, _ = drawn()
-    for t in (*weights[2:], norms[0], *norms[1:]):
-        if t is not None:
+    for t in (*weights[2:], *norms):
+        if t is not None and t is not norms[6]:
             t.requires_grad_(False)
     shared = SharedWeights(weights, norms, masks, [torch.bfloat16] * len(SHAPES), impl="cpu")
-    assert [v.requires_grad for v in shared.values] == [i < 2 for i in range(len(SHAPES))]
+    assert [v.requires_grad for v in shared.values] == [i < 2 or i == 6 for i in range(len(SHAPES))]
     shared.terms.update({i: ("spectral", torch.ones(SHAPES[i][0]), torch.ones(weights[i][0].numel())) for i in (0, 2)})
     (shared.claim("spectral") + sum(v.float().sum() for v in shared.values)).backward()
     assert weights[0].grad is not None and weights[1].grad is not None and norms[0].grad is None
+    assert norms[6].grad is not None and weights[6].grad is None
     with torch.no_grad():
         shared = SharedWeights(weights, norms, masks, [torch.bfloat16] * len(SHAPES), impl="cpu")
     assert shared.claim("spectral") is None and not any(v.requires_grad for v in shared.values)

@@ -124,6 +124,15 @@ def test_nan_stays_in_its_image():
     assert y[1, 4, 2, 1].isnan() and y.isnan().sum() == 1
 
 
+def test_nan_reaches_the_gradients_that_it_reaches_in_torch():
+    args = se_tensors(3, 9, 4, 3)
+    args[1][1, 4, 2, 1] = torch.nan
+    found, expected = (outcome(se, args, [], impl) for impl in ("triton", "reference"))
+    for name, t in expected.items():
+        assert torch.equal(found[name].isnan(), t.isnan()), name
+    assert expected["d3"].isnan().any() and not expected["d1"].isnan().all()
+
+
 def test_an_open_gate_keeps_the_digits_of_its_slope():
     """1 - gate of a gate that is rounded has lost those that say how far from 1 it is."""
     args = se_tensors(2, 33, 4, 5)
