@@ -89,6 +89,14 @@ def test_configurations_that_cannot_be_are_refused_in_one_line():
         (dict(learning_rate="0.1"), "learning_rate='0.1' must be a number"),
         (dict(flip=1), "flip=1 must be true or false"),
         (dict(dataset=[1]), r"dataset=\[1\] must be a word or nothing"),
+        (dict(ema_decay=1.0), r"ema_decay=1.0 must be 0 \(no average\) or above, and below 1"),
+        (dict(batch_size=10, accumulate=3), "accumulate=3 must divide batch_size=10"),
+        (dict(kl_const_portion=1.5), "kl_const_portion=1.5 must be at most 1"),
+        (dict(weight_decay_norm_anneal=True), "weight_decay_norm=0.0 must be above 0 when annealed"),
+        (
+            dict(weight_decay_norm=0.1, weight_decay_norm_init=0.0, weight_decay_norm_anneal=True),
+            "weight_decay_norm_init=0.0 must be above 0 when annealed",
+        ),
     ):
         with pytest.raises(InputError, match=words) as error:
             TrainConfig(**values)
