@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from nvae_fast import InputError
+from nvae_fast import InputError, TrainConfig
 from nvae_fast.evaluation import evaluate, noise_generator
+from nvae_fast.sampling import PIXELS, decode, show
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,6 @@ def close(a, b, rel=1e-5):
 
 @pytest.mark.parametrize("changes", [{}, {"num_nf": 1, "training": None, "num_x_bits": 5}], ids=["bernoulli", "flows, dmol"])
 def test_draws_side_by_side_are_draws_one_by_one(make, images, changes):
-    from nvae_fast import TrainConfig
-
     model = make(**{k: TrainConfig() if v is None else v for k, v in changes.items()})
     one = evaluate(model, [images[:8], images[8:]], num_iw_samples=7, rows=1)
     for rows in (16, 24, 1000):  # two draws of eight images at a time, three (and one over), all
@@ -104,6 +103,16 @@ def test_refused(make, images):
         evaluate(make(), [])
     with pytest.raises(InputError, match="num_iw_samples=0"):
         evaluate(make(), [images], num_iw_samples=0)
+
+
+def test_pixels_are_not_drawn_with_the_noise_of_the_latents(make):
+    model = make(training=TrainConfig()).eval()
+    latents = [torch.zeros(2, *shape) for shape in model.config.latent_shapes]
+    with torch.no_grad():
+        logits = model.decode(latents)
+    drawn = [show(model, logits, noise_generator(torch.device("cpu"), 3, *stream)) for stream in ((), (PIXELS,))]
+    found = decode(model, latents, seed=3)
+    assert torch.equal(found, drawn[1]) and not torch.equal(found, drawn[0])
 
 
 def test_streams_of_noise_do_not_overlap():

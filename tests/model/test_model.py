@@ -68,7 +68,8 @@ def test_wrong_images_and_noise_are_refused_in_one_line():
     one_line(lambda: model.sample(3, noise=noise()), "one per group")
     one_line(lambda: model.decode(noise()[:2]), "one per group")
     one_line(lambda: model.sample(1, temperature=[0.5, 0.5]), "one per group (4 of them)")
-    one_line(lambda: model.sample(1, temperature=-1.0), "must be a number >= 0")
+    for temperature in (-1.0, [0.5, -0.5, 0.5, 0.5]):
+        one_line(lambda t=temperature: model.sample(1, temperature=t), "must be a number >= 0")
 
 
 def test_copies_and_states():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,13 @@ def test_a_damaged_name_of_the_newest(refused, own_copy, command, content):
     before = (own_copy / "metrics.jsonl").read_bytes()
     refused(str(file), "names no checkpoint")(*command(own_copy, "--resume"))
     assert (own_copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_newest_is_no_folder_elsewhere(refused, own_copy, command, latest, tmp_path):
+    elsewhere = shutil.copytree(latest(own_copy), tmp_path / "elsewhere" / "step-99999999")
+    file = own_copy / "checkpoints" / "latest"
+    file.write_text(str(elsewhere))
+    refused(str(file), "names no checkpoint")(*command(own_copy, "--resume"))
 
 
 def test_damaged_lines_of_the_log_are_dropped(train, own_copy, finished, metrics):

@@ -10,6 +10,8 @@ import torch
 from nvae_fast.graph import WARM_UP
 from nvae_fast.training.graph import StepGraph, graph_obstacle
 
+from .stepping import Run
+
 
 class Device:
     """Counts how calls of `run` came about; `refuse` makes recording fail."""
@@ -103,6 +105,17 @@ def test_what_cannot_be_recorded_runs_as_it_is(device, capsys):
     assert device.counts == (WARM_UP + 3, 0, 0)
     said = "nvae-fast: the step runs without a CUDA graph: RuntimeError: operation not permitted\n"
     assert capsys.readouterr().err == said
+
+
+def test_the_rate_is_a_number_after_a_recorded_step(fake_graphs, monkeypatch):
+    """Which checkpoints hold, and whoever resumes without a graph."""
+    monkeypatch.setattr("nvae_fast.training.step.graph_obstacle", lambda device: None)
+    run = Run(graph=True)
+    for i in range(WARM_UP + 2):
+        run(rate=0.01 * i)
+        assert [group["lr"] for group in run.optimizer.param_groups] == [0.01 * i]
+        assert isinstance(run.optimizer.param_groups[0]["lr"], float)
+    assert run.step.recorded
 
 
 def test_obstacles(monkeypatch):
