@@ -54,7 +54,7 @@ class PlainSum(EncoderCombiner):
 class PlainCombiner(DecoderCombiner):
     """One convolution of both, concatenated."""
 
-    def forward(self, h: Tensor, z: Tensor, *, return_stats: bool = False) -> Any:
+    def forward(self, h: Tensor, z: Tensor, *, return_stats: bool = False, next_norm: Any = None) -> Any:
         y = self.conv(torch.cat([h, z.to(h.dtype)], dim=1))
         return (y, None) if return_stats else y
 

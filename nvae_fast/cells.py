@@ -69,8 +69,8 @@ class ActConv(nn.Module):
                                      dilation, data_init=not bn)  # fmt: skip
 
     def forward(self, x: Tensor, stats: Tensor | None = None, *, offset: Tensor | None = None, return_x: int = 0) -> Any:
-        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them. `offset`: a bias [C] that x lacks
-        and the BN takes in, as that says. `return_x`: return (y, x) or (y, x, x), as `functional.conv2d` does."""
+        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them. `offset`: a bias [C] that x
+        lacks and the BN takes in, as that says. `return_x`: return (y, x) or (y, x, x), as `functional.conv2d` does."""
         conv = self.conv
         if self.bn is not None and self.memory != "fast" and not self.upsample:
             norm = self.bn.norm._replace(stats=stats, offset=offset)
@@ -225,35 +225,36 @@ class DecoderCombiner(nn.Module):
         super().__init__()
         self.conv = WeightNormConv2d(channels + latent_channels, channels, 1)
 
-    def forward(self, h: Tensor, z: Tensor, *, return_stats: bool = False) -> Any:
-        """`return_stats`: return (y, its statistics), as `Cell.forward` does."""
-        return self.conv.product(h, beside=z, return_stats=return_stats)
+    def forward(self, h: Tensor, z: Tensor, **options: Any) -> Any:
+        """`options`: `return_stats` and `next_norm`, as of `Cell.forward`."""
+        return self.conv.product(h, beside=z, **options)
 
 
 def run_cells(
     modules: Sequence[nn.Module],
     h: Tensor,
-    combine: Callable[[nn.Module, Tensor, bool], Any] | None = None,
+    combine: Callable[..., Any] | None = None,
     look: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Cells one after the other. A DecoderCombiner among them is called as combine(module, h, return_stats), an EncoderCombiner
-    only sees h, as look(h): as the cell behind it hands h on, which then adds the gradient that comes back with its own. In
-    training each hands on the statistics of its output where the next one normalises it first: they come for nothing, and from
-    a cell with that normalisation, finished."""
+    """Cells one after the other. A DecoderCombiner among them is called as combine(module, h, return_stats=, next_norm=), an
+    EncoderCombiner only sees h, as look(h): as the cell behind it hands h on, which then adds the gradient that comes back with
+    its own. In training each hands on the statistics of its output where the next one normalises it first: they come for
+    nothing, and with them that normalisation, finished."""
     stats, seen = None, False
     for i, module in enumerate(modules):
         behind = next((m for m in modules[i + 1 :] if not isinstance(m, EncoderCombiner)), None)
         wanted = module.training and isinstance(behind, Cell)
+        options = {"return_stats": wanted, "next_norm": behind.first_norm if wanted else None}
         if isinstance(module, EncoderCombiner):
             if isinstance(behind, Cell):
                 seen = True
             else:
                 look(h)
         elif not isinstance(module, Cell):
-            h, stats = combine(module, h, wanted)
+            found = combine(module, h, **options)
+            h, stats = found if wanted else (found, None)
         else:
-            norm = behind.first_norm if wanted else None
-            found = module(h, stats, return_stats=wanted, next_norm=norm, return_x=seen)
+            found = module(h, stats, **options, return_x=seen)
             h, *rest = found if isinstance(found, tuple) else (found,)
             if seen:
                 look(rest.pop())

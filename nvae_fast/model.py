@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as tf
@@ -193,11 +193,10 @@ class NVAE(ModelFiles, nn.Module):
         """Decoder and head for latents that `draw` supplies."""
         groups = count()
 
-        def join(module: nn.Module, h: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        def join(module: nn.Module, h: Tensor, **options: Any) -> Any:
             i = next(groups)
             z, passed = draw(i, h if i else None)
-            found = module(passed if i else h, z, return_stats=wanted)
-            return found if wanted else (found, None)
+            return module(passed if i else h, z, **options)
 
         if self.config.vanilla:
             h = run_cells(self.post_process, self.stem_decoder(draw(0, None)[0]))

@@ -25,6 +25,7 @@ def pointwise_conv(
     beside: Tensor | None = None,
     addend: Tensor | None = None,
     return_stats: bool = False,
+    next_norm: _norm.Norm | None = None,
     return_x: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -40,6 +41,7 @@ def pointwise_conv(
         C + C2 columns.
     addend: [N, C_out, H, W], added to y. Its gradient is y's.
     return_stats: also return mean and biased variance [2, C_out] of y, without gradient, as `Norm(stats=...)` takes them.
+    next_norm: the normalisation of y that follows, finished with the statistics, as `se_residual` says.
     return_x: how many others read x too, 2 at most: also return x, for each of them one. The gradients that come back are
         added in the last pass of this backward, which saves the passes of autograd's additions (without a norm, all but one).
     impl: "auto", "reference", "cpu" (float32, bfloat16; `beside` is concatenated) or "triton" (CUDA; float16 too). The
@@ -65,6 +67,9 @@ def pointwise_conv(
             raise ValueError(f"{name} has shape {tuple(t.shape)}: expected {tuple(shape)}")
     _norm.check_beside(x, bias=bias, addend=addend, beside=beside)
     readers = _norm.check_readers(return_x)
+    if next_norm is not None:
+        _norm.check_norm(next_norm, x, weight.shape[0], "y")
+        _norm.check_batch(next_norm, x.shape[0] * x.shape[2] * x.shape[3], (x.shape[0], weight.shape[0], *x.shape[2:]))
     bias, addend, beside = (None if t is None else t.to(x.dtype) for t in (bias, addend, beside))
     chosen = resolve(x, weight, impl, fused=norm is not None or return_stats)
     if chosen == "reference":
@@ -74,7 +79,7 @@ def pointwise_conv(
     else:
         parts, config = ((), None) if norm is None else (_norm.tensors(norm), _norm.config(norm))
         code = _norm.ACTIVATIONS.index(act)
-        options = config, code, return_stats, readers
+        options = config, code, return_stats, readers, *_norm.following_of(next_norm if return_stats else None)
         y, stats, *passed = ops.PointwiseConv.apply(x, weight, bias, addend, beside, *options, *parts)
         passed = _norm.shared(given, x, passed)
     found = (y, *([stats] if return_stats else ()), *passed)

@@ -75,9 +75,9 @@ def _backward_shapes(
 
 
 class PointwiseConv(torch.autograd.Function):
-    """Returns (y, its statistics [2, C_out] or [0, C_out], *`readers` times x), keeps x, beside and bn, and moves the running
-    statistics. The statistics are data and carry no gradient; x is an output for what else reads it: those gradients then come
-    here, and are added in the last pass."""
+    """Returns (y, its statistics [2, C_out], or the normalisation [5, C_out] that follows, or [0, C_out], *`readers` times x),
+    keeps x, beside and bn, and moves the running statistics. The statistics are data and carry no gradient; x is an output for
+    what else reads it: those gradients then come here, and are added in the last pass."""
 
     @staticmethod
     def forward(
@@ -91,13 +91,14 @@ class PointwiseConv(torch.autograd.Function):
         act: int,
         stats: bool,
         readers: int,
-        *parts: Tensor | None,
+        *others: Any,
     ) -> tuple[Tensor, ...]:
         bn, count = None, 0.0
+        behind, parts = others[: len(Following._fields)], others[len(Following._fields) :]
         if config is not None:
             bn, count = _norm.coefficients(x, _norm.Parts(*parts), config)
         raw = torch.ops.nvae_fast
-        y, y_stats, _ = raw.pointwise_conv_fwd(x, bn, act, weight, stats, False, bias, addend, beside)
+        y, y_stats, _ = raw.pointwise_conv_fwd(x, bn, act, weight, stats, False, bias, addend, beside, *behind)
         ctx.save_for_backward(x, weight, beside, bn)
         ctx.settings = config, act, count, bias is not None
         ctx.mark_non_differentiable(y_stats)
@@ -119,7 +120,7 @@ class PointwiseConv(torch.autograd.Function):
         )
         wanted, parts = ctx.needs_input_grad, ()
         if config is not None:
-            c, parts = _norm.gradients(table, bn, count, config, wanted[9:])
+            c, parts = _norm.gradients(table, bn, count, config, wanted[-len(_norm.Parts._fields) :])
             raw.bn_act_affine_(dx, x, c, *also)
         given = (g if w else None for g, w in zip((dx, dweight, dbias, dy, dbeside), wanted, strict=False))
-        return *given, None, None, None, None, *parts
+        return *given, *(None for _ in wanted[5 : len(wanted) - len(parts)]), *parts

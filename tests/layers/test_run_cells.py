@@ -43,7 +43,7 @@ def run(modules: list[nn.Module], *, chained: bool) -> dict[str, Tensor]:
 
     seen: list[Tensor] = []
     if chained:
-        h = run_cells(modules, x, lambda module, h: module(h, z), seen.append)
+        h = run_cells(modules, x, lambda module, h, **options: module(h, z, **options), seen.append)
     else:
         h = x
         for module in modules:
