@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from followings import RAW, WAYS, calls, check_followed, check_next_norm
-from norms import needs_native, norm, se_tensors, tensor
+from norms import copied, needs_native, norm, se_tensors, tensor
 
 from nvae_fast import functional as F
 
@@ -58,3 +58,19 @@ def test_a_next_norm_that_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=said):
             F.conv2d(args[0], tensor(4, 6, 3, 3), norm=n._replace(stats=stats, training=training))
+
+
+def test_it_compiles_into_one_graph():
+    args, n, w = se_tensors(2, 6, 5, 4), norm(6), tensor(4, 6, 3, 3)
+
+    def two(n, *args):
+        y, stats = F.se_residual(*args, next_norm=n, impl="cpu")
+        return F.conv2d(y, w, norm=n._replace(stats=stats), impl="cpu")
+
+    compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
+    found = []
+    for f in (two, compiled):
+        leaves, mine = [t.clone().requires_grad_() for t in args], copied(n)
+        y = f(mine, *leaves)
+        found.append([y, *torch.autograd.grad(y.sum(), leaves), *mine[2:5]])
+    assert found[0][-1] == 4 and all(map(torch.equal, *found))
