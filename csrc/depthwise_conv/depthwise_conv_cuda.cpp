@@ -1,5 +1,6 @@
 // depthwise_conv on a GPU: from torch's tensors to the launchers of depthwise_cuda.h. Part of CUDA builds alone (setup.py).
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -82,18 +83,57 @@ void run(const Problem& p, Arguments arguments, const Tensor& x, const Tensor& t
   C10_CUDA_CHECK(launch(p, arguments, c10::cuda::getCurrentCUDAStream(x.device().index())));
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& tickets, const Tensor& x_any, const OptionalTensor& bn_any, int64_t act, const Tensor& weight_any,
-                                   int64_t stride, int64_t dilation, int64_t upsample, bool stats, int64_t variant) {
+// A running statistic: where it lies, from value to value, and its type.
+std::tuple<void*, int64_t, int> running(const OptionalTensor& t, const Tensor& x, int64_t c) {
+  if (!t) return {nullptr, 0, kFloat};
+  TORCH_CHECK(t->device() == x.device() && t->sizes() == at::IntArrayRef{c}, kOp, ": running statistics have shape ", t->sizes(),
+              " and lie on ", t->device(), "; expected [", c, "] and ", x.device());
+  return {t->data_ptr(), t->stride(0), t->scalar_type() == at::kDouble ? static_cast<int>(kDouble) : storage_of(*t)};
+}
+
+using Coefficients = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, double, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, const OptionalTensor&);
+
+std::tuple<Tensor, Tensor> forward(const Tensor& tickets, const Tensor& x_any, const OptionalTensor& bn_any, int64_t act,
+                                   const Tensor& weight_any, int64_t stride, int64_t dilation, int64_t upsample, bool stats,
+                                   at::ArrayRef<double> numbers, const OptionalTensor& next_weight, const OptionalTensor& next_bias,
+                                   const OptionalTensor& next_offset, const OptionalTensor& running_mean,
+                                   const OptionalTensor& running_var, const OptionalTensor& batches, int64_t variant) {
   const Problem p = problem_of(x_any, weight_any, act, stride, dilation, upsample, variant);
   const c10::cuda::CUDAGuard device(x_any.device());
   const Tensor x = image_like("x", x_any, x_any, x_any.sizes()), weight = weight_any.contiguous();
   const OptionalTensor bn = floats("coefficients", bn_any, x, {bn_act::kCoefficients, p.c});
   const Tensor y = empty_image(x, {p.n, p.c, p.out_h, p.out_w});
   const auto table = x.options().dtype(at::kFloat);
-  if (y.numel() == 0) return {y, at::zeros({stats ? 2 : 0, p.c}, table)};
-  const Tensor found = at::empty({stats ? 2 : 0, p.c}, table);
+  const bool followed = stats && !numbers.empty();
+  TORCH_CHECK(!followed || numbers.size() == 3, kOp, ": expected 3 numbers, eps, momentum and copies, not ", numbers.size());
+  if (y.numel() == 0) {
+    const Tensor zeros = at::zeros({stats ? 2 : 0, p.c}, table);
+    if (!followed) return {y, zeros};
+    static const auto coefficients =
+        c10::Dispatcher::singleton().findSchemaOrThrow("nvae_fast::bn_act_coefficients", "").typed<Coefficients>();
+    return {y, coefficients.call(zeros, next_weight, next_bias, numbers[0], running_mean, running_var, batches, numbers[1], 0.0,
+                                 next_offset)};
+  }
+  Following next{};
+  OptionalTensor kept[3];  // dense, while it is launched
+  if (followed) {
+    const double count = static_cast<double>(p.n) * p.out_h * p.out_w * numbers[2];
+    int i = 0;
+    for (const auto& [name, t, to] : {std::tuple{"weight", &next_weight, &next.weight}, std::tuple{"bias", &next_bias, &next.bias},
+                                      std::tuple{"offset", &next_offset, &next.offset}})
+      kept[i] = floats(name, *t, x, {p.c}), *to = pointer(kept[i++]);
+    TORCH_CHECK(running_mean.has_value() == running_var.has_value(), kOp, ": expected both running_mean and running_var, or neither");
+    TORCH_CHECK(!batches || (batches->numel() == 1 && batches->scalar_type() == at::kLong && batches->device() == x.device()), kOp,
+                ": the number of batches has shape ", batches->sizes(), "; expected a scalar of type long on ", x.device());
+    std::tie(next.mean, next.mean_stride, next.mean_type) = running(running_mean, x, p.c);
+    std::tie(next.var, next.var_stride, next.var_type) = running(running_var, x, p.c);
+    next.batches = batches ? batches->data_ptr<int64_t>() : nullptr;
+    next.eps = numbers[0], next.rate = numbers[1], next.unbiased = count / std::max(count - 1.0, 1.0);
+  }
+  const Tensor found = at::empty({stats ? (followed ? bn_act::kCoefficients : 2) : 0, p.c}, table);
   float* const stats_to = stats ? found.data_ptr<float>() : nullptr;
-  run(p, Forward{x.const_data_ptr(), pointer(bn), weight.const_data_ptr(), y.data_ptr(), stats_to, nullptr, nullptr}, x, tickets);
+  run(p, Forward{x.const_data_ptr(), pointer(bn), weight.const_data_ptr(), y.data_ptr(), stats_to, followed, next, nullptr, nullptr}, x, tickets);
   return {y, found};
 }
 

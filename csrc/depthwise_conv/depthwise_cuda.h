@@ -7,7 +7,7 @@
 
 namespace nvae::depthwise_conv::cuda {
 
-enum Storage { kFloat, kBfloat16, kHalf, kStorages };
+enum Storage { kFloat, kBfloat16, kHalf, kStorages, kDouble };  // the last of running statistics alone
 enum Variant { kAuto, kAny, kCore, kTensor, kVariants };  // depthwise_cuda.cu says which one kAuto is
 
 constexpr int kMaxKernel = 27;  // its taps fit into the 99 KB of shared memory that every GPU from 8.0 on has
@@ -20,12 +20,24 @@ struct Problem {
   int storage, variant;
 };
 
+// The normalisation that follows (FOLLOWING in kernels/_norm.py), whose running statistics move.
+struct Following {
+  const float *weight, *bias, *offset;  // [c] each, or null
+  void *mean, *var;                     // running statistics, or null
+  int64_t mean_stride, var_stride;      // from value to value
+  int mean_type, var_type;              // Storage
+  int64_t* batches;                     // or null
+  double eps, rate, unbiased;           // unbiased: of a variance, what the running one moves by
+};
+
 struct Forward {
   const void* x;       // [n][h][w][c]
   const float* bn;     // [5][c] or null
   const void* weight;  // [c][kernel^2]
   void* y;             // [n][out_h][out_w][c]
   float* stats;        // [2][c]: mean and biased variance of y as it is stored; or null
+  bool followed;       // stats is [5][c] then, the table bn of `next`
+  Following next;
   float* scratch;      // scratch_floats of the problem
   unsigned* tickets;   // tickets_of the problem
 };

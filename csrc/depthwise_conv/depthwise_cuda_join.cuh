@@ -33,6 +33,39 @@ __device__ __forceinline__ void join_parts(const Split& split, unsigned* tickets
   if (split.groups > 1 && arrive(mine, split.groups)) join(split.parts, split.groups, -1);
 }
 
+// running <- (1 - rate) running + rate found
+template <typename S>
+__device__ __forceinline__ void move(void* running, int64_t at, double rate, double found) {
+  S* const p = static_cast<S*>(running) + at;
+  if constexpr (std::is_same_v<S, double>)
+    *p = (1.0 - rate) * *p + rate * found;
+  else
+    narrow(static_cast<float>((1.0 - rate) * widen(*p) + rate * found), *p);
+}
+__device__ __forceinline__ void move(void* running, int type, int64_t at, double rate, double found) {
+  if (type == kFloat) move<float>(running, at, rate, found);
+  if (type == kBfloat16) move<__nv_bfloat16>(running, at, rate, found);
+  if (type == kHalf) move<__half>(running, at, rate, found);
+  if (type == kDouble) move<double>(running, at, rate, found);
+}
+
+// What is known of channel `channel` when mean and variance are: they, or the table of the normalisation that follows, with its
+// running statistics moved.
+__device__ __forceinline__ void store_stats(const Forward& f, int64_t c, int64_t channel, float mean, float var) {
+  float* const to = f.stats + channel;
+  to[bn_act::kMean * c] = mean, to[bn_act::kVar * c] = var;
+  if (!f.followed) return;
+  const Following& n = f.next;
+  const double rstd = 1.0 / sqrt(var + n.eps), scale = n.weight ? rstd * n.weight[channel] : rstd;
+  to[bn_act::kRstd * c] = static_cast<float>(rstd), to[bn_act::kScale * c] = static_cast<float>(scale);
+  to[bn_act::kShift * c] = static_cast<float>((n.bias ? n.bias[channel] : 0.0) - mean * scale);
+  if (n.mean) {
+    move(n.mean, n.mean_type, channel * n.mean_stride, n.rate, mean + (n.offset ? static_cast<double>(n.offset[channel]) : 0.0));
+    move(n.var, n.var_type, channel * n.var_stride, n.rate, var * n.unbiased);
+  }
+  if (n.batches && channel == 0) ++*n.batches;
+}
+
 // The statistics of y from parts [3][W]: count, mean, squares about it (Chan et al. 1983). shared: 16 bytes a thread.
 template <int W, int THREADS>
 __device__ __forceinline__ void join_moments(const Problem& p, const Forward& f, const Split& split, unsigned char* shared) {
@@ -72,8 +105,7 @@ __device__ __forceinline__ void join_moments(const Problem& p, const Forward& f,
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * W + lane;
     if (channel >= p.c) return;
     const double var = squares / values;
-    f.stats[channel] = static_cast<float>(mean);
-    f.stats[p.c + channel] = static_cast<float>(var < 0.0 ? 0.0 : var);  // NaN stays
+    store_stats(f, p.c, channel, static_cast<float>(mean), static_cast<float>(var < 0.0 ? 0.0 : var));  // NaN stays
   });
 }
 

@@ -7,7 +7,6 @@ csrc/depthwise_conv/depthwise_cuda.cu; 1 any, 2 core, 3 tensor). Each is one lau
 
 The backward of a normalisation behind y enters as c [3, C]: g = c0 dy + c1 y + c2. The backward returns the gradient du of the
 normalised x (of x without bn), the weight's, and the table of gradients [7, C] of the normalisation before it (bn_act/ops.py).
-The C++ one on CUDA does not know of a normalisation that follows.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def counted(name: str) -> Callable[..., Any]:
 
 
 for _name, _arguments, _results in (
-    ("depthwise_conv_cuda_fwd", f"{_INPUT}, bool stats, int variant=0", "(Tensor, Tensor)"),
+    ("depthwise_conv_cuda_fwd", f"{_INPUT}, bool stats, {FOLLOWING}, int variant=0", "(Tensor, Tensor)"),
     (
         "depthwise_conv_cuda_bwd",
         f"Tensor dy, Tensor? y, Tensor? c, {_INPUT}, float count=0., int variant=0",
@@ -55,7 +54,7 @@ for _name, _arguments, _results in (
     ),
 ):
     torch.library.define(f"nvae_fast::{_name}", f"({_arguments}) -> {_results}")
-    torch.library.define(f"nvae_fast::{_name}_counted", f"(Tensor(a!) tickets, {_arguments}) -> {_results}")
+    torch.library.define(f"nvae_fast::{_name}_counted", f"(Tensor(t!) tickets, {_arguments}) -> {_results}")
     torch.library.impl(f"nvae_fast::{_name}", "cuda")(counted(_name))
 
 triton_can_run = _triton.can_run
@@ -115,7 +114,7 @@ def _forward_shapes(
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_cuda_fwd")
 def _cuda_forward_shapes(*args: Any, variant: int = 0) -> tuple[Tensor, Tensor]:
-    return _forward_shapes(*args[:8])
+    return _forward_shapes(*args[: 8 + len(Following._fields)])
 
 
 @torch.library.register_fake("nvae_fast::depthwise_conv_cuda_bwd")

@@ -73,8 +73,7 @@ class InvertedResidual(torch.autograd.Function):
         bn0, n0 = ready(0, x, None)
         t1, taken = _pointwise(x, bn0, _IDENTITY, expand, wanted(1), behind[1])
         bn1, n1 = ready(1, t1, taken)
-        known = () if impl == "cuda" else behind[2]
-        t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2), *known)
+        t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2), *behind[2])
         bn2, n2 = ready(2, t2, taken)
         t3, taken = _pointwise(t2, bn2, _SWISH, project, wanted(3), behind[3])
         bn3, n3 = ready(3, t3, taken)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels.bn_act.ops import GRADIENTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,16 @@ class Problem(ctypes.Structure):
     ]
 
 
+class Next(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "offset", "mean", "var")]
+    _fields_ += [("mean_stride", ctypes.c_int64), ("var_stride", ctypes.c_int64), ("mean_type", ctypes.c_int)]
+    _fields_ += [("var_type", ctypes.c_int), ("batches", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_double) for name in ("eps", "rate", "unbiased")]
+
+
 class Forward(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "bn", "weight", "y", "stats", "scratch", "tickets")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "bn", "weight", "y", "stats")]
+    _fields_ += [("followed", ctypes.c_bool), ("next", Next), ("scratch", ctypes.c_void_p), ("tickets", ctypes.c_void_p)]
 
 
 class Backward(ctypes.Structure):
@@ -98,13 +107,26 @@ class Library:
         self.tickets = tickets
         return self.backward(*args, **options)
 
-    def forward(self, x, bn, act, weight, stride, dilation, upsample, stats, variant=0) -> tuple[Tensor, Tensor]:
+    def forward(self, x, bn, act, weight, stride, dilation, upsample, stats, *following, variant=0) -> tuple[Tensor, Tensor]:
+        n = Following(*following)
         x, weight = dense(x), weight.contiguous()
         problem = self._problem(x, weight, stride, dilation, upsample, act, variant)
         y = empty(x, problem.n, problem.c, problem.out_h, problem.out_w)
-        found = torch.zeros(2 if stats else 0, problem.c)
+        found = torch.zeros(n.rows(stats), problem.c)
+        count, running = y.numel() / problem.c, (n.running_mean, n.running_var)
+        if not y.numel() and len(found) == 5:
+            eps, rate, _ = n.numbers
+            found = torch.ops.nvae_fast.bn_act_coefficients(
+                torch.zeros(2, problem.c), n.weight, n.bias, eps, *running, n.batches, rate, 0.0, n.offset
+            )
         if y.numel():
-            self._run("forward", problem, Forward(*map(pointer, (x, bn, weight, y, found if stats else None))))
+            eps, rate, copies = n.numbers or (0.0, 0.0, 1.0)
+            strides, types = ([0 if t is None else of(t) for t in running] for of in (stride_of, type_of))
+            tensors = map(pointer, (n.weight, n.bias, n.offset, *running))
+            moved = count * copies / max(count * copies - 1, 1)
+            behind = Next(*tensors, *strides, *types, pointer(n.batches), eps, rate, moved)
+            images = map(pointer, (x, bn, weight, y, found if stats else None))
+            self._run("forward", problem, Forward(*images, len(found) == 5, behind))
         return y, found
 
     def backward(
@@ -126,6 +148,14 @@ def dense(t: Tensor) -> Tensor:
 
 def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def stride_of(t: Tensor) -> int:
+    return t.stride(0)
+
+
+def type_of(t: Tensor) -> int:
+    return 4 if t.dtype == torch.float64 else STORAGE[t.dtype]
 
 
 def pointer(t: Tensor | None) -> int | None:

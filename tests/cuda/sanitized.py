@@ -16,6 +16,12 @@ SHAPES = [
 ]  # fmt: skip
 
 
+def following(c: int) -> tuple:
+    """A normalisation that follows, its running statistics of two types."""
+    running = torch.zeros(c, dtype=torch.float64), torch.ones(c, dtype=torch.float16)
+    return [1e-5, 0.1, 1.0], torch.rand(c), torch.rand(c), torch.rand(c), *running, torch.tensor(3)
+
+
 def run(library: Library, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, c, h, w, k, stride, dilation, up = shape
     dense = lambda *size: torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)  # noqa: E731
@@ -25,7 +31,7 @@ def run(library: Library, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for variant in VARIANTS.values():
         for first, act in ((bn, 1), (None, 0)):
             try:
-                y, _ = library.forward(x, first, act, weight, stride, dilation, up, True, variant)
+                y, _ = library.forward(x, first, act, weight, stride, dilation, up, True, *following(c), variant=variant)
                 for behind in ((y, torch.rand(3, c)), (None, None)):
                     library.backward(dense(*y.shape), *behind, x, first, act, weight, stride, dilation, up, 9.0, variant)
             except RuntimeError as error:  # a kernel that does not take this shape

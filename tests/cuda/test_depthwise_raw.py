@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from emulated import VARIANTS
+from followings import WAYS, check_followed
 from norms import check_stats, image, needs_native, tensor
 
 pytestmark = needs_native
@@ -72,6 +73,15 @@ def test_gradients_behind_a_normalisation(library, shape, dtype):
     assert library.backward(*given[:4], None, *given[5:])[2].shape == (0, shape[1])
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(3, 40, 17, 20, 5), (9, 24, 8, 8, 5), (2, 30, 5, 6, 5), (0, 8, 4, 4, 5)], ids=str)
+def test_the_normalisation_that_follows(library, monkeypatch, shape, way):
+    monkeypatch.setattr(torch.ops.nvae_fast, "depthwise_conv_cuda_fwd", library.forward)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = (*arguments(*shape, dtype=dtype)[3:], True)
+        check_followed("depthwise_conv_cuda_fwd", args, 1, **WAYS[way])
+
+
 def test_fixed_statistics_keep_nan_in_its_pixel(library):
     given = arguments(2, 16, 4, 5, 3)
     given[0][1, 3, 2, 2] = float("nan")
@@ -84,7 +94,7 @@ def test_one_launch_each_way(library, variant):
     """As `nvae-fast estimate --launches` counts them."""
     given = arguments(9, 40, 17, 20, 5, dtype=torch.float16)
     before = library.c.launches()
-    library.forward(*given[3:], True, VARIANTS[variant])
+    library.forward(*given[3:], True, variant=VARIANTS[variant])
     assert library.c.launches() - before == 1
     if variant != "tensor":
         library.backward(*given, COUNT, VARIANTS[variant])
@@ -96,7 +106,7 @@ def test_one_launch_each_way(library, variant):
 def test_every_kernel_agrees(library, shape, dtype):
     given = arguments(*shape, dtype=dtype)
     for kind, run in (
-        ("forward", lambda v: library.forward(*given[3:], True, v)),
+        ("forward", lambda v: library.forward(*given[3:], True, variant=v)),
         ("backward", lambda v: library.backward(*given, COUNT, v)),
     ):
         found = {}
@@ -144,7 +154,7 @@ def test_tensors_that_begin_anywhere(library, shape, dtype):
             assert (a.float() - b.float()).abs().max() <= torch.finfo(dtype).eps * b.float().abs().max()
         assert library.ran[-2:] == ["any", "any"]
     odd = [moved(t) if t is given[3] else t for t in given[3:]]
-    assert torch.equal(library.forward(*odd, False)[0], library.forward(*given[3:], False, VARIANTS["any"])[0])
+    assert torch.equal(library.forward(*odd, False)[0], library.forward(*given[3:], False, variant=VARIANTS["any"])[0])
 
 
 def test_what_cannot_run_is_said(library):
@@ -152,10 +162,10 @@ def test_what_cannot_run_is_said(library):
     for change, words in (
         (dict(weight=torch.zeros(8, 1, 29, 29)), "an odd kernel of at most 27"),
         (dict(stride=3), "stride 1 or 2"),
-        (dict(stride=2, up=2), "stride 1 to upsample by 2"),
+        (dict(stride=2, upsample=2), "stride 1 to upsample by 2"),
         (dict(variant=4), "a variant of 0"),
     ):
-        c = dict(x=given[3], bn=None, act=0, weight=given[6], stride=1, dilation=1, up=1, stats=False, variant=0) | change
+        c = dict(x=given[3], bn=None, act=0, weight=given[6], stride=1, dilation=1, upsample=1, stats=False, variant=0) | change
         with pytest.raises(AssertionError, match=words):
-            library.forward(*c.values())
+            library.forward(**c)
     assert library.forward(given[3], None, 0, tensor(8, 1, 27, 27), 1, 1, 1, True)[0].isfinite().all()
