@@ -1,8 +1,9 @@
 """Lists of tensors for one launch: tables of addresses and sizes in the GPU's memory, and which program works on which item.
 
-A table is uploaded from pinned memory, without waiting, and kept by its contents: where the same tensors come again nothing is
-copied. While a CUDA graph is captured a copy becomes a part of the graph and reads its source at every replay; such sources
-are set aside beforehand, because pinned memory cannot be had then, and are never written again.
+A table of addresses is uploaded from pinned memory, without waiting, and kept by its contents: where the same tensors come
+again nothing is copied. While a CUDA graph is captured a copy becomes a part of the graph and reads its source at every replay;
+such sources are set aside beforehand, because pinned memory cannot be had then, and are never written again. A table of sizes
+alone is `standing`: one upload, which is waited for, serves all streams and graphs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ SPARES = 8  # pinned buffers of a size kept for captures
 
 _lock = threading.Lock()  # backward runs in threads of its own
 _tables: OrderedDict[tuple[bytes, torch.device, int], Tensor] = OrderedDict()
+_standing: dict[tuple[bytes, torch.device], Tensor] = {}
 _spares: dict[int, list[Tensor]] = {}
 _in_graphs: list[Tensor] = []  # what captured graphs read, as long as the process lives
 
@@ -53,6 +55,20 @@ def upload(values: bytes, device: torch.device) -> Tensor:
             _in_graphs.append(found)
         elif len(spares) < SPARES:  # one a call: a capture, on a stream of its own, makes each of them anew
             spares.append(_pinned(len(values)))
+        return found
+
+
+def standing(values: bytes, device: torch.device) -> Tensor:
+    """These 64-bit integers on `device`, for good: a table of sizes, of which a process has few. Raises as `upload` does."""
+    if device.type != "cuda":
+        return _words(values)
+    with _lock:
+        found = _standing.get((values, device))
+        if found is None and torch.cuda.is_current_stream_capturing():
+            return _captured(values, device)
+        if found is None:
+            found = _standing[values, device] = _filled(_pinned(len(values)), values).to(device, non_blocking=True)
+            torch.cuda.current_stream(device).synchronize()
         return found
 
 

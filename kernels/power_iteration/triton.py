@@ -225,5 +225,6 @@ def _tables(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor, int, int]:
         (m.data_ptr(), r, k, *begin, *((k, 1) if m.is_contiguous() else (m.shape[1], k // m.shape[1])), _lists.aligned(k, m))
         for m, r, k, begin in zip(matrices, rows, columns, begins, strict=True)
     ]
-    tables = (_lists.upload(values, matrices[0].device) for values in (_lists.jobs(counts), _lists.numbers(items)))
+    device = matrices[0].device
+    tables = _lists.standing(_lists.jobs(counts), device), _lists.upload(_lists.numbers(items), device)
     return *tables, sum(counts), sum(sizes)

@@ -23,9 +23,10 @@ from nvae_fast.kernels.weight_norm.triton import (
     ROWS,
     WEIGHT,
     Item,
+    Work,
+    backward,
+    forward,
     launch,
-    launch_backward,
-    launch_forward,
     load_term,
     load_values,
 )
@@ -110,10 +111,11 @@ def shared_weights_fwd(
     buffer = torch.empty(places(w.numel() for w in weights)[1], dtype=dtype, device=weights[0].device)
     given = zip(weights, log_norms, masks, parts(buffer, weights), strict=True)
     items = [_item(w, norm, m, None, value, None) for w, norm, m, value in given]
-    launch_forward([item for item in items if item.log_norm is not None], eps)
+    works = forward([item for item in items if item.log_norm is not None], eps)
     for group in _lists.grouped([item for item in items if item.log_norm is None], lambda item: item.weight.dtype):
-        types = dict(STORED=TYPES[group[0].weight.dtype], RESULT=TYPES[dtype])
-        launch(shared_weights_fwd_kernel, group, **types, BLOCK=BLOCK)
+        types = dict(STORED=TYPES[group[0].weight.dtype], RESULT=TYPES[dtype], BLOCK=BLOCK)
+        works.append(Work(shared_weights_fwd_kernel, group, [], types))
+    launch(works)
     return buffer
 
 
@@ -136,10 +138,12 @@ def shared_weights_bwd(
         _item(w, norm, m, g, dw, None if norm is None else next(dnorms), *term)
         for w, norm, m, g, dw, *term in zip(weights, log_norms, masks, grads, found, factors, u, v, strict=False)
     ]
-    launch_backward([item for item in items if item.log_norm is not None], eps)
+    works = backward([item for item in items if item.log_norm is not None], eps)
     for group in _lists.grouped([item for item in items if item.log_norm is None], lambda item: item.given.dtype):
         terms = any(item.term[2] is not None for item in group)
-        launch(shared_weights_bwd_kernel, group, GIVEN=TYPES[group[0].given.dtype], TERMS=terms, BLOCK=BLOCK)
+        constants = dict(GIVEN=TYPES[group[0].given.dtype], TERMS=terms, BLOCK=BLOCK)
+        works.append(Work(shared_weights_bwd_kernel, group, [], constants))
+    launch(works)
     return buffer
 
 

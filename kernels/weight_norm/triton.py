@@ -5,7 +5,7 @@ results in a type of their own, and with terms factor u v^T added to the gradien
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -206,7 +206,7 @@ def weight_norm_fwd(
     weights: Sequence[Tensor], log_norms: Sequence[Tensor], masks: Sequence[Tensor | None], eps: float
 ) -> list[Tensor]:
     items = [_item(i, *tensors, None) for i, tensors in enumerate(zip(weights, masks, log_norms, strict=True))]
-    launch_forward(items, eps)
+    launch(forward(items, eps))
     return [item.result for item in items]
 
 
@@ -219,7 +219,7 @@ def weight_norm_bwd(
 ) -> list[Tensor]:
     given = enumerate(zip(weights, masks, log_norms, grads, strict=True))
     items = [_item(i, *tensors) for i, tensors in given if tensors[-1] is not None]
-    launch_backward(items, eps)
+    launch(backward(items, eps))
     return [item.result for item in items] + [item.dlog_norm for item in items]
 
 
@@ -239,31 +239,54 @@ def _item(i: int, weight: Tensor, mask: Tensor | None, log_norm: Tensor, grad: T
     return Item(rows, mask, log_norm, grad, out, None if grad is None else torch.empty_like(log_norm), result)
 
 
-def launch_forward(items: Sequence[Item], eps: float) -> None:
+class Work(NamedTuple):
+    """A launch: the kernel on items of one combination of types."""
+
+    kernel: Any
+    items: Sequence[Item]
+    numbers: Sequence[float]
+    constants: dict[str, Any]
+
+
+def forward(items: Sequence[Item], eps: float) -> list[Work]:
     """One launch for all items of the same types; a model has one or two."""
+    works = []
     for group in _lists.grouped(items, lambda item: (item.weight.dtype, item.log_norm.dtype, item.out.dtype)):
         types = dict(zip(("STORED", "NORM", "RESULT"), _types(group[0].weight, group[0].log_norm, group[0].out), strict=True))
-        launch(weight_norm_fwd_kernel, group, eps, **types, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+        works.append(Work(weight_norm_fwd_kernel, group, [eps], types | dict(BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)))
+    return works
 
 
-def launch_backward(items: Sequence[Item], eps: float) -> None:
+def backward(items: Sequence[Item], eps: float) -> list[Work]:
+    works = []
     for group in _lists.grouped(items, lambda item: (item.weight.dtype, item.log_norm.dtype, item.given.dtype)):
         types = dict(zip(("STORED", "NORM", "GIVEN"), _types(group[0].weight, group[0].log_norm, group[0].given), strict=True))
         terms = any(item.term[2] is not None for item in group)
-        launch(weight_norm_bwd_kernel, group, eps, **types, TERMS=terms, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)
+        works.append(Work(weight_norm_bwd_kernel, group, [eps], types | dict(TERMS=terms, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K)))
+    return works
 
 
 def _types(*tensors: Tensor) -> list[tl.dtype]:
     return [TYPES[t.dtype] for t in tensors]
 
 
-def launch(kernel, items: Sequence[Item], *numbers: float, **constants) -> None:
-    """The kernel on items of one combination of types."""
-    counts = tuple(item.jobs for item in items)
-    if any(counts):
-        rows = [item.row(first) for item, first in zip(items, _lists.starts(counts), strict=True)]
-        tables = (_lists.upload(values, items[0].weight.device) for values in (_lists.jobs(counts), _lists.numbers(rows)))
-        kernel[(sum(counts),)](*tables, *numbers, **constants)
-    for item in items:
-        if item.out is not item.result:
-            item.result.copy_(item.out)
+def launch(works: Sequence[Work]) -> None:
+    """All launches of a call, whose addresses go up in one table."""
+    rows: list[tuple[int, ...]] = []
+    places = []
+    for work in works:
+        rows += [(0,) * FIELDS.value] * (len(rows) % 2)  # so that each part begins on 16 bytes, which Triton's code depends on
+        counts = tuple(item.jobs for item in work.items)
+        places.append((counts, len(rows) * FIELDS.value))
+        rows += [item.row(first) for item, first in zip(work.items, _lists.starts(counts), strict=True)]
+    if any(sum(counts) for counts, _ in places):
+        device = works[0].items[0].weight.device
+        table = _lists.upload(_lists.numbers(rows), device)
+        for work, (counts, begin) in zip(works, places, strict=True):
+            if any(counts):
+                jobs = _lists.standing(_lists.jobs(counts), device)
+                work.kernel[(sum(counts),)](jobs, table[begin:], *work.numbers, **work.constants)
+    for work in works:
+        for item in work.items:
+            if item.out is not item.result:
+                item.result.copy_(item.out)

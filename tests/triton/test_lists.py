@@ -17,7 +17,7 @@ class Device(str):
 @pytest.fixture
 def gpu(monkeypatch):
     """(device, state) with state["capturing"] and state["stream"] to be set."""
-    state = {"capturing": False, "stream": 1, "copies": 0}
+    state = {"capturing": False, "stream": 1, "copies": 0, "waits": 0}
 
     class Pinned(torch.Tensor):
         def to(self, device, non_blocking=False):
@@ -27,10 +27,13 @@ def gpu(monkeypatch):
     class Stream:
         cuda_stream = property(lambda self: state["stream"])
 
+        def synchronize(self):
+            state["waits"] += 1
+
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(_lists, "_pinned", lambda size: torch.zeros(max(size // 8, 1), dtype=torch.int64).as_subclass(Pinned))
-    for name, empty in (("_tables", type(_lists._tables)()), ("_spares", {}), ("_in_graphs", [])):
+    for name, empty in (("_tables", type(_lists._tables)()), ("_spares", {}), ("_in_graphs", []), ("_standing", {})):
         monkeypatch.setattr(_lists, name, empty)
     return Device("gpu"), state
 
@@ -75,6 +78,22 @@ def test_every_call_may_be_captured_on_another_stream(gpu):
     state["capturing"], state["stream"] = True, 2
     assert [_lists.upload(values, device).tolist() for _ in range(2)] == [[1, 2]] * 2
     assert len(_lists._in_graphs) == 2 and _lists._in_graphs[0] is not _lists._in_graphs[1]
+
+
+def test_a_table_of_sizes_is_copied_once_for_all_streams_and_graphs(gpu):
+    device, state = gpu
+    values, other = _lists.jobs((2, 1)), _lists.jobs((3, 1))
+    table = _lists.standing(values, device)
+    assert table.tolist() == [0, 0, 1] and (state["copies"], state["waits"]) == (1, 1)
+    for i in range(_lists.CAPACITY + 1):  # which would push it out if it were among the tables of addresses
+        _lists.upload(_lists.numbers([(i, i)]), device)
+    before = state["copies"]
+    state["stream"], state["capturing"] = 2, True
+    assert _lists.standing(values, device) is table
+    assert (state["copies"], state["waits"]) == (before, 1) and not _lists._in_graphs
+    with pytest.raises(RuntimeError, match="make the call once before, uncaptured"):
+        _lists.standing(other, device)
+    assert _lists.standing(values, torch.device("cpu")).tolist() == [0, 0, 1]
 
 
 def test_jobs_and_groups():
