@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nvae_fast import functional as F
 from nvae_fast.errors import InputError
+from nvae_fast.kernels._constant import constant
 from nvae_fast.layers import BatchNormAct2d, InvertedResidual, SqueezeExcite, WeightNormConv2d, effective
 from nvae_fast.layers.conv import same_padding
 
@@ -124,11 +125,16 @@ class FactorizedReduce(nn.Module):
     def filters(self) -> tuple[Tensor, Tensor]:
         """(weight [O, C, 2, 2], bias [O]) of that convolution."""
         convs = (self.conv_1, self.conv_2, self.conv_3, self.conv_4)
-        weights = [
-            tf.pad(conv.effective_weight(), (column, 1 - column, row, 1 - row))
-            for conv, (row, column) in zip(convs, self.OFFSETS, strict=True)
-        ]
-        return torch.cat(weights), torch.cat([effective(conv, "bias") for conv in convs])
+        live = torch.cat([conv.effective_weight() for conv in convs]).flatten(1)  # [O, C]
+        widths = tuple(conv.out_channels for conv in convs)
+        taps = constant(("taps", widths), live, lambda: torch.tensor(self._taps(widths)))
+        filters = live.new_zeros(len(live), 4, live.shape[1])  # [O, taps, C], channels-last
+        filters = filters.scatter_(1, taps[:, None, None].expand(-1, 1, live.shape[1]), live[:, None])
+        return filters.unflatten(1, (2, 2)).permute(0, 3, 1, 2), torch.cat([effective(conv, "bias") for conv in convs])
+
+    def _taps(self, widths: tuple[int, ...]) -> list[int]:
+        """The live one of each filter's four taps."""
+        return [2 * row + column for width, (row, column) in zip(widths, self.OFFSETS, strict=True) for _ in range(width)]
 
 
 class UpsampleProject(nn.Module):
