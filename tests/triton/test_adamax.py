@@ -175,6 +175,19 @@ def test_gradients_of_any_strides(kind, of_param):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
 
 
+def test_the_table_keeps_what_the_kernels_promise():
+    """Addresses in multiples of 16 bytes, ends in multiples of 4 values: a GPU reads as wide as that."""
+    grads = [strided(torch.randn(8, 4, 3, 3), kind) for kind in ("unaligned", "behind others", "every second")]
+    grads += [torch.randn(37), torch.randn(4), torch.randn(6), torch.randn(12)[2:10]]
+    params = [Parameter(torch.zeros(g.shape)) for g in grads]
+    arena = Arena(params, [{} for _ in params])
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    arena.load()
+    addresses, ends = arena._table.view(-1, 2).unbind(1)
+    assert not (addresses % 16).any() and not (ends % 4).any()
+
+
 @pytest.mark.skipif(_impl.load_native()[0] is None, reason="built without the native extension")
 def test_as_in_the_native_code():
     """One step from one state, arenas packed alike."""

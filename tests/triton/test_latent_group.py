@@ -64,7 +64,7 @@ def inputs(shape=(2, 3, 5, 7), dtype=FLOAT, layout=CL, scale=1.0):
     g = torch.Generator().manual_seed(0)
     draw = lambda *s: torch.randn(s, generator=g).bfloat16().float()  # noqa: E731
     both = [(scale * draw(b, 2 * z, h, w)).to(dtype, memory_format=layout) for _ in range(2)]
-    return both, draw(*shape), [draw(*shape), *(draw(b, z) for _ in range(3))]
+    return both, draw(*shape), [draw(*shape), draw(z, b).t(), draw(b, z), draw(b, z)]
 
 
 @pytest.mark.parametrize("layout", SHAPES)
