@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as tf
 from norms import CL, needs_native, tensor
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae_fast.cells import ActConv, Cell
 from nvae_fast.kernels import use_impl
@@ -81,6 +82,37 @@ def test_the_gradient_of_a_bias_before_a_batchs_statistics_is_exactly_zero():
     for training in (True, False):
         grad = outcome(lambda c, x: c(x), make(OPS["bn swish"]).train(training), torch.float32, "auto")["ops.0.conv.bias"]
         assert grad.any() != training and grad.shape == (6,)
+
+
+class Biases(TorchDispatchMode):
+    """Of each convolution and each backward of one, whether it is asked for a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            self.found.append(args[2] is not None)
+        elif name == "convolution_backward":
+            self.found.append(args[-1][2])
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+@pytest.mark.parametrize("memory", ["fast", "balanced"])
+def test_convolutions_neither_add_a_bias_nor_sum_its_gradient(memory):
+    cell = make(OPS["bn swish"])
+    for op in cell.ops:
+        op.memory = memory
+    with Biases() as seen:
+        cell(tensor(3, 6, 8, 6).requires_grad_()).sum().backward()
+    assert seen.found == [False] * 4
+    cell.ops[0].conv.adds_bias = True
+    with Biases() as seen:
+        cell(tensor(3, 6, 8, 6).requires_grad_()).sum().backward()
+    assert seen.found == [True, False, False, True]
 
 
 def test_no_convolution_adds_a_bias_but_one_before_an_activation_alone():
