@@ -37,7 +37,7 @@ def cuda_on_cpu(library, monkeypatch) -> Library:
         affine_(wide, x.float(), c, None if also is None else also.float())
         du.copy_(wide)
 
-    monkeypatch.setattr(torch.ops.nvae_fast, "bn_act_stats", lambda x: stats(x.float()))
+    monkeypatch.setattr(torch.ops.nvae_fast, "bn_act_stats", lambda x, *following: stats(x.float(), *following))
     monkeypatch.setattr(torch.ops.nvae_fast, "bn_act_affine_", affine_of_any_type)
     monkeypatch.setitem(_impl._ops, "depthwise_conv", {"cuda": lambda tensors: None})
     for name in ("depthwise_conv_cuda_fwd", "depthwise_conv_cuda_bwd"):

@@ -79,6 +79,7 @@ inline jmp_buf scheduler_place;
 inline const std::function<void()>* body;
 inline dim3 thread_index, block_index, grid_size;
 inline int launches;  // so far
+inline std::map<unsigned*, int> rounds;  // of the launch: how often atomicInc has taken a counter back to 0
 
 // A fiber is entered once by swapcontext, which asks the kernel for the signal mask, and from then on by longjmp, which does not.
 // The address sanitizer follows the first alone.
@@ -154,6 +155,7 @@ inline cudaError_t run_grid(dim3 grid, unsigned threads, size_t bytes, unsigned 
   for (auto& words : exchange) words.assign(threads * kWords, 0);
   launches++;
   grid_size = grid;
+  rounds.clear();
   body = &kernel;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   bool fine = true;
@@ -173,6 +175,8 @@ inline cudaError_t run_grid(dim3 grid, unsigned threads, size_t bytes, unsigned 
     fine = run_block(threads);
     ASAN_UNPOISON_MEMORY_REGION(shared, kShared);
   }
+  for (const auto& [counter, count] : rounds)  // blocks that run one after the other would end in the right result all the same
+    if (count != 1) fine = false, std::fprintf(stderr, "more than one block is the last of its kind\n");
   return fine ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -240,6 +244,7 @@ inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* p, unsigned most) {  // blocks run one after the other
   const unsigned old = *p;
   *p = old >= most ? 0 : old + 1;
+  if (old >= most) emulator::rounds[p]++;
   return old;
 }
 inline size_t __cvta_generic_to_shared(const void* p) {
