@@ -117,7 +117,7 @@ class Launches(TorchDispatchMode):
 def weight(func: Any, args: tuple) -> int:
     """Launches of one operation of torch."""
     name = func.overloadpacket.__name__
-    if func.namespace == "prim" or name in QUIET or _is_view(func):
+    if func.namespace in ("prim", "profiler") or name in QUIET or _is_view(func):
         return 0
     if name == "convolution_backward":
         return sum(args[-1])
