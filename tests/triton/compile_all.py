@@ -137,6 +137,14 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
 }
 LARGEST = {("pointwise_conv_fwd_kernel", 128): ("sums_ptr", "beside_ptr")}  # what a launcher leaves out at its largest tile
+APART = {  # what is not there behind a normalisation, and what without one; all others leave nothing out
+    "pointwise_conv_fwd_kernel": [("bias_ptr", "addend_ptr", "beside_ptr"), ("bn_ptr", "sums_ptr")],
+    "pointwise_conv_du_kernel": [
+        ("beside_ptr", "dbeside_ptr", "also_ptr", "bparts_ptr", "dbias_ptr"),
+        ("y_ptr", "c_ptr", "bn_ptr", *JOIN),
+    ],
+    "pointwise_conv_dweight_kernel": [("beside_ptr", "bparts_ptr"), ("y_ptr", "c_ptr", "bn_ptr")],
+}
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
@@ -292,11 +300,14 @@ if __name__ == "__main__":
                     continue
                 for storage in kinds:
                     for tile in tiles(name, storage):
-                        left_out = LARGEST.get((name, tile.get("BLOCK_M")))
-                        without = dict(absent=left_out) if left_out else {}
-                        rows += [compiled(name, kernel, storage, arch, tile=tile, **without) | without for arch in (80, 90)]
+                        for apart in APART.get(name, [()]):
+                            left_out = *apart, *LARGEST.get((name, tile.get("BLOCK_M")), ())
+                            without = dict(absent=left_out) if left_out else {}
+                            rows += [compiled(name, kernel, storage, arch, tile=tile, **without) | without for arch in (80, 90)]
                 others = [dict(absent=absent) for absent in ABSENT.get(name, [])] + [dict(ones=True)]
                 others += [dict(wide=True)] if "WIDE" in kernel.arg_names else []
                 others += [dict(unit=8, storage="fp16")] if {"UNIT", "UNIT_K"} & set(kernel.arg_names) else []
+                if name in APART:
+                    others = [o | dict(absent=(*o.get("absent", ()), *APART[name][0])) for o in others]
                 rows += [compiled(name, kernel, **options) | options for options in others]
     print(json.dumps(rows))
