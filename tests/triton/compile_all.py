@@ -56,34 +56,10 @@ SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
 PRIOR, ALSO = ("mu_p_ptr", "log_sigma_p_ptr"), ("also_mu_p_ptr", "also_log_sigma_p_ptr")
 LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent channels; three colours and 10 mixtures
     "residual_normal": [
-        dict(
-            layout="channels-last",
-            in_z=1,
-            noise_p=1,
-            out_z=1,
-            z_z=1,
-            dz_z=1,
-            also_z=1,
-            G=20,
-            STEP=25,
-            BLOCK=512,
-            BLOCK_P=32,
-            BLOCK_G=32,
-        ),
-        dict(
-            layout="planar",
-            in_p=1,
-            noise_p=1,
-            out_p=1,
-            z_p=1,
-            dz_p=1,
-            also_p=1,
-            G=1,
-            STEP=512,
-            BLOCK=512,
-            BLOCK_P=512,
-            BLOCK_G=1,
-        ),
+        dict(layout="channels-last", in_z=1, noise_p=1, out_z=1, z_z=1, dz_z=1, also_z=1, G=20, STEP=25, BLOCK=512, BLOCK_P=32,
+             BLOCK_G=32),
+        dict(layout="planar", in_p=1, noise_p=1, out_p=1, z_p=1, dz_p=1, also_p=1, G=1, STEP=512, BLOCK=512, BLOCK_P=512,
+             BLOCK_G=1),
     ],
     "logistic_mixture_sample": [
         dict(layout="channels-last", params_c=1, mixture_p=1, logistic_p=1, C=3, M=10, BLOCK_P=128),
@@ -93,7 +69,7 @@ LAYOUTS = {  # of kernels that take any strides, by their prefix: 20 latent chan
         dict(layout="channels-last", x_p=1, params_c=1, out_c=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
         dict(layout="planar", x_p=1, params_p=1, out_p=1, C=3, M=10, BLOCK_P=32, BLOCK_M=16),
     ],
-}
+}  # fmt: skip
 ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 then, which Triton makes constants
     "bn_act_coefficients_kernel": [("weight_ptr", "offset_ptr"), ("weight_ptr", "bias_ptr"), ("mean_ptr", "var_ptr")],
     "bn_act_stats_kernel": [("norm",), ("offset_ptr", "batches_ptr")],
