@@ -54,11 +54,13 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
                 row["loads"].pop(width, 0), row["stores"].pop(width, 0)
         if "_conv_" in row["kernel"]:  # tables, a value a thread: at most three of them, three times ahead; sums and tables out
             assert row["loads"].pop("32", 0) <= 10 and row["stores"].pop("32", 0) <= 18, row
+        if row["kernel"] in ("bn_act_stats_kernel", "depthwise_conv_fwd_kernel"):  # the counter of the norm that follows
+            assert row["loads"].pop("64", 0) <= 1 and row["stores"].pop("64", 0) <= 1, row
         if row["kernel"] == PRODUCTS[0]:  # the counter of the norm that follows; a bias, two values a thread
             most = 1 if "bias_ptr" in row["absent"] else 17
             assert row["loads"].pop("64", 0) <= most and row["stores"].pop("64", 0) <= 1, row
-        if row["kernel"] == "bn_act_sums_kernel":  # 1 / sigma, of the last program
-            assert row["loads"].pop("32", 0) <= 1, row
+        if row["kernel"] in ("bn_act_sums_kernel", "bn_act_stats_kernel"):  # tables, of the last program
+            assert row["loads"].pop("32", 0) <= 4, row
         taps = row["kernel"] in ("bn_act_fwd_kernel", "depthwise_conv_g_kernel")  # of a weight, value by value
         if taps and "w_ptr" not in row.get("absent", ()):
             row["loads"] = {"128": row["loads"]["128"]}
@@ -133,9 +135,11 @@ def test_adamax_reads_and_writes_an_arena_16_bytes_at_a_time(rows):
 
 
 def test_nothing_spills_into_local_memory(rows):
-    """But for a few values of depthwise_conv's backward on sm_80, doubled in float32, with stride 2 in 16 bits: ptxas prefers
-    128 and 168 registers to more. `local` has the bytes of the stack, of stores to it and loads."""
+    """But for a few values of depthwise_conv's backward on sm_80, doubled in float32, with stride 2 in 16 bits, and one at the
+    end of bn_act_stats: ptxas prefers 128, 168 and 72 registers to more. `local` has the bytes of the stack, and of stores to
+    it and loads."""
     stack = {("depthwise_conv_bwd_kernel", "fp32", 80): 56, ("depthwise_conv_bwd_kernel", "fp16", 80): 24}
+    stack["bn_act_stats_kernel", "fp16", 90] = 16
     spilling = [row for row in rows if row["local"] > stack.get((row["kernel"], row["storage"], row["arch"]), 0)]
     spilling += [row for row in rows if row["local"] and row["registers"] > 168]
     assert not spilling
