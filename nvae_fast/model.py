@@ -275,9 +275,8 @@ class NVAE(ModelFiles, nn.Module):
         if not x.is_floating_point():
             raise InputError(f"images of type {x.dtype}: expected floats in [0, 1]; divide integers by 255")
 
-    def _noise(
-        self, noise: Sequence[Tensor] | None, batch: int, generator: torch.Generator | None = None
-    ) -> Sequence[Tensor | None]:
+    def _noise(self, noise: Sequence[Tensor] | None, batch: int,
+               generator: torch.Generator | None = None) -> Sequence[Tensor | None]:  # fmt: skip
         """That of every group, None where the group draws its own: on the CPU, whose numbers for a seed stand. On CUDA one draw
         is cut up, a launch instead of one for each group; channels-last, as the latents are, and each on 16 bytes."""
         if noise is not None:
