@@ -44,7 +44,7 @@ class Poison(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         grad.view(-1)[0] = math.inf
         return grad
 
@@ -74,7 +74,7 @@ def test_something_between_modules(model, monkeypatch):
     draw = nn.functional.elu
     monkeypatch.setattr("torch.nn.functional.elu", lambda *a, **k: draw(*a, **k) * NAN)
     found = look(model)
-    assert found.where.startswith("enc_sampler.0 (WeightNormConv2d)")
+    assert found.where == "what leads to enc_sampler.0 (WeightNormConv2d)"
 
 
 @pytest.mark.parametrize("name", ["post_process.0", "enc_sampler.1", "image_conditional.1"])
