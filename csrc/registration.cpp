@@ -3,12 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <utility>
+#include <vector>
+
 #include "adamax/adamax_cpu.h"
 #include "bn_act/bn_act_cpu.h"
 #include "bn_act/followed.h"
 #include "common/isa.h"
 #include "common/pool.h"
 #include "depthwise_conv/depthwise_conv_cpu.h"
+#include "depthwise_conv/depthwise_conv_cuda.h"
 #include "flow_cell/flow_cell_cpu.h"
 #include "logistic_mixture/logistic_mixture_cpu.h"
 #include "pointwise_conv/pointwise_conv_cpu.h"
@@ -23,9 +27,8 @@ using Stats = Followed<nvae::bn_act::stats_cpu>;
 using Depthwise = Followed<nvae::depthwise_conv::forward_cpu, 1>;
 using Pointwise = Followed<nvae::pointwise_conv::forward_cpu, 1>;
 using Residual = Followed<nvae::se_residual::forward_cpu, 2>;
-}  // namespace
 
-TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+void register_cpu(torch::Library& m) {
   m.impl("bn_act_stats", TORCH_FN(Stats::run));
   m.impl("bn_act_coefficients", TORCH_FN(nvae::bn_act::coefficients_cpu));
   m.impl("bn_act_gradients", TORCH_FN(nvae::bn_act::gradients_cpu));
@@ -56,11 +59,28 @@ TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
 }
 
 // They look at the tensors of a list one by one, or at none.
-TORCH_LIBRARY_IMPL(nvae_fast, CompositeExplicitAutograd, m) {
+void register_lists(torch::Library& m) {
   m.impl("adamax_place", TORCH_FN(nvae::adamax::place));
   m.impl("adamax_squares", TORCH_FN(nvae::adamax::squares));
   m.impl("adamax_step_", TORCH_FN(nvae::adamax::step_));
 }
+
+// By the import, not by the loader before it (TORCH_LIBRARY_IMPL): an implementation of a schema that Python declares otherwise by
+// now, in a build older than the Python beside it, is then an ImportError instead of the end of the process.
+void register_all() {
+  static std::vector<torch::Library> kept;
+  const auto add = [](c10::DispatchKey key, void (*register_some)(torch::Library&)) {
+    torch::Library library(torch::Library::IMPL, "nvae_fast", key, __FILE__, __LINE__);
+    register_some(library);
+    kept.push_back(std::move(library));
+  };
+  add(c10::DispatchKey::CPU, register_cpu);
+  add(c10::DispatchKey::CompositeExplicitAutograd, register_lists);
+#ifdef NVAE_FAST_CUDA
+  add(c10::DispatchKey::CUDA, nvae::depthwise_conv::register_cuda);
+#endif
+}
+}  // namespace
 
 #if defined(__clang__)
 #define NVAE_FAST_COMPILER "clang"
@@ -69,6 +89,7 @@ TORCH_LIBRARY_IMPL(nvae_fast, CompositeExplicitAutograd, m) {
 #endif
 
 PYBIND11_MODULE(_C, m) {
+  register_all();
   m.doc() = "Native kernels of nvae_fast.";
   m.def("build_info", [] {
     pybind11::dict info;

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "bn_act/bn_act.h"
+#include "depthwise_conv/depthwise_conv_cuda.h"
 #include "depthwise_conv/depthwise_cuda.h"
 
 namespace nvae::depthwise_conv::cuda {
@@ -161,10 +162,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& tickets, const Tensor&
   return {du, dweight, table};
 }
 
-TORCH_LIBRARY_IMPL(nvae_fast, CUDA, m) {
-  m.impl("depthwise_conv_cuda_fwd_counted", TORCH_FN(forward));
-  m.impl("depthwise_conv_cuda_bwd_counted", TORCH_FN(backward));
-}
-
 }  // namespace
 }  // namespace nvae::depthwise_conv::cuda
+
+void nvae::depthwise_conv::register_cuda(torch::Library& m) {
+  m.impl("depthwise_conv_cuda_fwd_counted", TORCH_FN(cuda::forward));
+  m.impl("depthwise_conv_cuda_bwd_counted", TORCH_FN(cuda::backward));
+}

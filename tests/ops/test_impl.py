@@ -141,6 +141,25 @@ def test_another_torch_than_the_one_built_for(monkeypatch):
     assert module is None and reason.endswith(", this is 99.0: reinstall nvae_fast") and "\n" not in reason
 
 
+OTHER_SCHEMAS = """
+import torch
+define = torch.library.define
+torch.library.define = lambda name, schema: define(name, schema.replace("int act)", "int act, bool new=False)"))
+from nvae_fast.kernels import _impl, bn_act
+print(*_impl.load_native())
+print(torch._C._dispatch_has_kernel_for_dispatch_key("nvae_fast::bn_act_stats", "CPU"))
+"""
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="built without the native extension")
+def test_an_extension_of_other_schemas_than_python_has_is_a_reason_not_an_abort():
+    run = subprocess.run([sys.executable, "-c", OTHER_SCHEMAS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said, registered = run.stdout.splitlines()
+    assert said.startswith("None the native extension does not load (") and said.endswith("): reinstall nvae_fast")
+    assert registered == "False"
+
+
 def test_env_names_every_op_and_the_reasons():
     facts = env.environment()
     rows = {(row["device"], row["dtype"], row["op"]): row for row in facts["ops"]}
