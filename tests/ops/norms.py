@@ -236,6 +236,7 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
     return {
         "bn_act": (bn_act, [x], [norm(20)]),
         "bn_act passes x": (skipping(bn_act), [x], [norm(20)]),
+        "bn_act passes x twice": (skipping(bn_act, "beside twice"), [x], [norm(20)]),
         "bn_act eval": (bn_act, [x], [norm(20, training=False)]),
         "pointwise": (pointwise, [x, tensor(9, 20, 1, 1)], [norm(20)]),
         "pointwise plain": (pointwise, [x, tensor(9, 20, 1, 1)], []),
@@ -252,9 +253,15 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
         "dense passes x": (skipping(dense, padding=1), [x, tensor(20, 20, 3, 3, scale=0.1), tensor(20)], [norm(20)]),
         "branch": (branch, *mix),
         "branch passes x": (skipping(branch), branch_tensors(batch, 6, 20, 6, 6, 5), branch_norms(6, 20, 6)),
+        "branch passes x twice": (
+            skipping(branch, "beside twice"),
+            branch_tensors(batch, 6, 20, 6, 6, 5),
+            branch_norms(6, 20, 6),
+        ),
         "branch low": (lambda t, n, i: branch(t, n, i, memory="low"), *mix),
         "branch stride 2": (lambda t, n, i: branch(t, n, i, stride=2, memory="fast"), *mix),
         "branch upsample": (lambda t, n, i: branch(t, n, i, upsample=2), *mix),
         "se": (se, se_tensors(batch, 20, 5, 3), []),
+        "se with a bias": (se, [*se_tensors(batch, 20, 5, 3), tensor(20, shift=1.0)], []),
         "se without gate": (se, se_tensors(batch, 20, 5, 3)[:2], []),
     }
