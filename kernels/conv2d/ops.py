@@ -1,4 +1,8 @@
-"""Autograd of `conv2d`: torch's convolution between the native stages of `bn_act`."""
+"""Schemas, shapes and autograd of `conv2d`: torch's convolution between the native stages of `bn_act`.
+
+Of a 3x3 of stride 1 a GPU has kernels of its own, which apply act(BN(x)) on the way in and take statistics of y on the way out:
+`conv2d_fwd` and `conv2d_bwd`, with the meaning of pointwise_conv's arguments. `fits` says what they take.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast.kernels import _norm
+from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._norm import FOLLOWING, Following
+from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.conv2d.reference import conv2d
+
+TILE = 8  # of pixels: both sides of an image are multiples of it
+
+torch.library.define(
+    "nvae_fast::conv2d_fwd",
+    f"(Tensor x, Tensor? bn, int act, Tensor weight, int dilation, bool stats, {FOLLOWING}) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "nvae_fast::conv2d_bwd",
+    "(Tensor dy, Tensor? y, Tensor? c, Tensor x, Tensor? bn, int act, Tensor weight, int dilation, float count=0.) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+_triton.register("conv2d", "conv2d_fwd", "conv2d_bwd")
+
+
+@torch.library.register_fake("nvae_fast::conv2d_fwd")
+def _forward_shapes(
+    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool, *following: Any
+) -> tuple[Tensor, Tensor]:
+    y = empty_image(x, x.shape[0], weight.shape[0], *x.shape[2:])
+    return y, x.new_empty(Following(*following).rows(stats), weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("nvae_fast::conv2d_bwd")
+def _backward_shapes(
+    dy: Tensor,
+    y: Tensor | None,
+    c: Tensor | None,
+    x: Tensor,
+    bn: Tensor | None,
+    act: int,
+    weight: Tensor,
+    dilation: int,
+    count: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    table = x.new_empty(0 if bn is None else GRADIENTS, x.shape[1], dtype=torch.float32)
+    return empty_image(x, *x.shape), torch.empty_like(weight), table
+
+
+def fits(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1, dilation: int = 1) -> str | None:
+    """Why those kernels cannot take this convolution; None where they can."""
+    if x.dtype not in _triton.DTYPES:
+        return f"it takes float32, bfloat16 or float16, not {str(x.dtype).removeprefix('torch.')}"
+    if tuple(weight.shape[2:]) != (3, 3) or stride != 1 or padding != dilation or dilation > 2:
+        sizes = f"{weight.shape[2]}x{weight.shape[3]}, stride {stride}, padding {padding}, dilation {dilation}"
+        return f"it takes 3x3 convolutions of stride 1 whose padding is their dilation, 1 or 2, not {sizes}"
+    if x.shape[2] % TILE or x.shape[3] % TILE:
+        return f"it takes images whose sides are multiples of {TILE}, not {x.shape[2]}x{x.shape[3]}"
+    return None
 
 
 class NormConv2d(torch.autograd.Function):
