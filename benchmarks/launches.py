@@ -72,9 +72,7 @@ class Launches(TorchDispatchMode):
             self.names["torch.clone"] += sum(not t.is_contiguous(memory_format=torch.channels_last) for t in images)
             self.names[f"{name}_kernel"] += NATIVE[name]
             return func(*args, **(kwargs or {}))
-        if (
-            func.namespace == "aten" and func._can_decompose()
-        ):  # as it would have been above autograd, which a launcher is below
+        if _is_made_of_others(func):  # as it would have been above autograd, which a launcher is below
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         count = weight(func, args)
@@ -125,6 +123,15 @@ def weight(func: Any, args: tuple) -> int:
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
         return -(-len(lists[0]) // LISTS[min(len(lists), 4) - 1]) if lists else 0
     return 1
+
+
+@cache
+def _is_made_of_others(func: Any) -> bool:
+    """Whether torch runs it as other operations, having no kernel for it: some with a kernel (silu_backward) can be taken apart
+    as well. Those with one for CUDA have one for the CPU, which any build of torch knows of."""
+    if func.namespace != "aten" or not func._can_decompose():
+        return False
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
 
 
 @cache

@@ -123,6 +123,15 @@ def test_launches_of_operations_of_torch():
     assert of("convolution_backward", t, [True, True, False]) == 2 and of("add_", t, t, overload="Tensor") == 1
 
 
+def test_what_torch_has_a_kernel_for_is_one_launch():
+    """silu_backward is, though it can be written as others; matmul is what it comes to."""
+    t = torch.zeros(2, 2)
+    with Launches() as found, torch.inference_mode():
+        torch.ops.aten.silu_backward(t, t)
+        torch.matmul(t, t)
+    assert found.names == Counter({"torch.silu_backward": 1, "torch.mm": 1})
+
+
 def test_the_command(monkeypatch, capsys):
     ours = Counter({"a_kernel": 1500, UPLOAD: 10, "torch.add": 995, "torch.mul": 5})
     asked = []
