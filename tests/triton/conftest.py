@@ -24,7 +24,7 @@ DRAWS = 2  # a single draw of the plain op's error says little where a result ha
 
 OPS = {
     "adamax": ["adamax_flat_squares", "adamax_flat_step_"],
-    "conv2d": [],
+    "conv2d": ["conv2d_fwd", "conv2d_bwd"],
     "bn_act": [f"bn_act_{name}" for name in ("stats", "coefficients", "gradients", "fwd", "sums", "bwd", "affine_")],
     "depthwise_conv": ["depthwise_conv_fwd", "depthwise_conv_bwd", "depthwise_conv_bwd_"],
     "inverted_residual": [],
