@@ -21,7 +21,6 @@ from nvae_fast.kernels._tile import (
     MEAN,
     SCALE,
     SHIFT,
-    activate,
     differentiate,
     load_row,
     load_rows,
@@ -34,6 +33,7 @@ from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
 from nvae_fast.kernels.conv2d._device import PIXELS, add_taps, join_tiles, map_activated, map_gradient, pixels_of
 from nvae_fast.kernels.conv2d.ops import TILE, fits
+from nvae_fast.kernels.pointwise_conv._device import load_activated
 
 PROGRAMS = 128  # that a GPU should get: about one for each of its multiprocessors
 JOINED = 4  # tasks that are joined at once
@@ -70,6 +70,20 @@ def conv2d_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, map_ptr, parts
 
 
 @triton.jit
+def store_du(du, x_ptr, bn_ptr, du_ptr, parts_ptr, tile, m, k, M, K, ACT: tl.constexpr, WIDE: tl.constexpr):
+    """Of the columns k of a tile: du act'(u), and its sums."""
+    if bn_ptr is not None:
+        x, scale, shift = load_rows(x_ptr, m, k, M, K), load_row(bn_ptr, SCALE, k, K), load_row(bn_ptr, SHIFT, k, K)
+        du = differentiate(du, x * scale[None, :] + shift[None, :], ACT)
+        parts = parts_ptr + offset_of(tile, WIDE) * 2 * K
+        store_row(parts, 0, k, K, tl.sum(du, 0))
+        store_row(parts, 1, k, K, tl.sum(du * (x - load_row(bn_ptr, MEAN, k, K)[None, :]), 0))
+    elif ACT:
+        du = differentiate(du, load_rows(x_ptr, m, k, M, K), ACT)
+    store_rows(du_ptr, m, k, M, K, du)
+
+
+@triton.jit
 def conv2d_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, g_ptr, a_ptr, out_ptr, share, map_ptr, parts_ptr,
                      tickets_ptr, TASKS, GROUP, M, K, N, H, W, C_ROWS: tl.constexpr, ACT: tl.constexpr, DILATION: tl.constexpr,
                      WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, PITCH: tl.constexpr, SPACE: tl.constexpr,
@@ -84,22 +98,22 @@ def conv2d_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, g_ptr, 
         map_ptr += program.to(tl.int64) * SPACE * PITCH
         map_gradient(map_ptr, g_ptr, block == 0, dy_ptr, y_ptr, c_ptr, tile, M, N, H, W, C_ROWS, DILATION, WIDE, PITCH, SPACE,
                      BLOCK_M, BLOCK_N)  # fmt: skip
+    m = pixels_of(tile, H, W, BLOCK_M, WIDE)
+    if a_ptr is not None:  # before the products, whose sums take the registers
+        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
+        tl.store(a_ptr + m[:, None] * PITCH_A + k[None, :], a, mask=(k < PITCH_A)[None, :])
+        tl.debug_barrier()
     du = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     du = add_taps(du, map_ptr, dy_ptr, w_ptr, tile, k, H, W, N, K, True, DILATION, WIDE, PITCH, BLOCK_N)
-    m = pixels_of(tile, H, W, BLOCK_M, WIDE)
-    if a_ptr is not None:
-        x = load_rows(x_ptr, m, k, M, K)
-        u = x
-        if bn_ptr is not None:
-            u = x * load_row(bn_ptr, SCALE, k, K)[None, :] + load_row(bn_ptr, SHIFT, k, K)[None, :]
-        a = activate(u, ACT).to(a_ptr.dtype.element_ty)
-        tl.store(a_ptr + m[:, None] * PITCH_A + k[None, :], a, mask=(k < PITCH_A)[None, :])
-        du = differentiate(du, u, ACT)
-    if bn_ptr is not None:
-        parts = parts_ptr + offset_of(tile, WIDE) * 2 * K
-        store_row(parts, 0, k, K, tl.sum(du, 0))
-        store_row(parts, 1, k, K, tl.sum(du * (x - load_row(bn_ptr, MEAN, k, K)[None, :]), 0))
-    store_rows(du_ptr, m, k, M, K, du)
+    if BLOCK_M * BLOCK_K > 64 * 128:  # one half after the other: both would spill
+        HALF: tl.constexpr = BLOCK_K // 2
+        left, right = tl.split(tl.permute(tl.reshape(du, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+        first = block * BLOCK_K + tl.arange(0, HALF)
+        store_du(left, x_ptr, bn_ptr, du_ptr, parts_ptr, tile, m, first, M, K, ACT, WIDE)
+        tl.debug_barrier()
+        store_du(right, x_ptr, bn_ptr, du_ptr, parts_ptr, tile, m, first + HALF, M, K, ACT, WIDE)
+    else:
+        store_du(du, x_ptr, bn_ptr, du_ptr, parts_ptr, tile, m, k, M, K, ACT, WIDE)
     if bn_ptr is not None:
         done, total, moment = joined_sums(parts_ptr, tickets_ptr, tile, block, k, K, TASKS, GROUP)
         if done:

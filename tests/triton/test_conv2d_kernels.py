@@ -72,16 +72,17 @@ def test_values_and_gradients(within_budget, shape, way, dtype):
     check(arguments(shape, way, dtype)[1], dtype, within_budget)
 
 
-def test_many_tasks_of_a_weight_are_joined_in_groups(monkeypatch, within_budget):
-    monkeypatch.setattr(launchers, "JOINED", 2)
-    check(arguments((9, 3, 4, 8, 8, 1))[1], FLOAT, within_budget)  # nine tasks in three groups
+@pytest.mark.parametrize(("tasks", "at_once"), [(9, 2), (5, 5)])  # in three groups; in one of more than are read at a time
+def test_many_tasks_of_a_weight_are_joined(monkeypatch, within_budget, tasks, at_once):
+    monkeypatch.setattr(launchers, "JOINED", at_once)
+    check(arguments((tasks, 3, 4, 8, 8, 1))[1], FLOAT, within_budget)
 
 
 @pytest.mark.parametrize("way", ["norms", "none"])
 def test_tiles_of_16_pixels_across(monkeypatch, within_budget, way):
     """The largest, of which there are enough in larger images."""
     monkeypatch.setattr(launchers, "PROGRAMS", 1)
-    check(arguments((1, 70, 40, 16, 16, 2), way, HALF)[1], HALF, within_budget)
+    check(arguments((1, 70, 40, 8, 16, 2), way, HALF)[1], HALF, within_budget)
 
 
 def test_the_table_is_that_of_the_sums():
