@@ -2,7 +2,7 @@
 
 On the CPU: one row per op for which "the C++ wherever it can run" is not the answer, from measurements (`nvae-fast bench
 --suite ops`). On CUDA nothing was measured yet: auto takes the fused kernels of an op wherever they can run, where there are
-two kinds those of the second table. `python -m nvae_fast.env` prints both.
+two kinds those of the tables below. `python -m nvae_fast.env` prints both.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _ONE_LAUNCH = (
     "predicted, not measured: one launch each way, the activation applied once into a tile in shared memory, both gradients "
     "from one tile; Triton's kernels store the activated image, 2 more passes and launches, and read it once for every tap"
 )
+TRITON: dict[str, Wins] = {}  # what its kernels do instead of cuDNN, where they fit
 CUDA = {  # before Triton, where the extension was built with CUDA: as the ops are registered
     "depthwise_conv": Wins(_ONE_LAUNCH),
     "inverted_residual": Wins("its depthwise convolution: " + _ONE_LAUNCH),

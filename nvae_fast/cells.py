@@ -11,12 +11,10 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from nvae_fast import functional as F
+from nvae_fast.act_conv import BN_EPS, BN_MOMENTUM, ActConv, chain_of, chained
 from nvae_fast.errors import InputError
 from nvae_fast.kernels._constant import constant
-from nvae_fast.layers import BatchNormAct2d, InvertedResidual, SqueezeExcite, WeightNormConv2d, effective
-from nvae_fast.layers.conv import same_padding
-
-BN_EPS, BN_MOMENTUM = 1e-5, 0.05
+from nvae_fast.layers import InvertedResidual, SqueezeExcite, WeightNormConv2d, effective
 
 
 def _arch(enc: list[str], dec: list[str], pre: list[str], post: list[str]) -> dict[str, list[str]]:
@@ -53,40 +51,6 @@ _RESIDUAL_OPS = {  # activation, BN before it, dilation of the 3x3
     "res_bnswish": ("swish", True, 1),
     "res_bnswish5": ("swish", True, 2),
 }
-
-
-class ActConv(nn.Module):
-    """[BN] -> activation -> [nearest x2] -> weight-normalised 3x3 convolution (data-initialised without BN).
-
-    `memory`, which may be set at any time: "fast" keeps what the convolution reads for backward, "balanced" and "low" compute
-    it again.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, act: str, bn: bool, stride: int, dilation: int) -> None:
-        super().__init__()
-        self.act, self.upsample, self.memory = act, stride == -1, "balanced"
-        self.bn = BatchNormAct2d(in_channels, BN_EPS, BN_MOMENTUM, act=act) if bn else None
-        self.conv = WeightNormConv2d(in_channels, out_channels, 3, 2 if stride == 2 else 1, same_padding(3, dilation),
-                                     dilation, data_init=not bn)  # fmt: skip
-
-    def forward(self, x: Tensor, stats: Tensor | None = None, *, offset: Tensor | None = None, return_x: int = 0) -> Any:
-        """`stats`: of x where the op before has returned them, as `functional.Norm` takes them. `offset`: a bias [C] that x
-        lacks and the BN takes in, as that says. `return_x`: return (y, x) or (y, x, x), as `functional.conv2d` does."""
-        conv = self.conv
-        if self.bn is not None and self.memory != "fast" and not self.upsample:
-            norm = self.bn.norm._replace(stats=stats, offset=offset)
-            return F.conv2d(x, conv.effective_weight(), conv.own_bias(), norm=norm, act=self.act,
-                            stride=conv.stride[0], padding=conv.padding[0], dilation=conv.dilation[0],
-                            return_x=return_x)  # fmt: skip
-        if self.bn is None:
-            a, *rest = tf.elu(x), *[x] * return_x
-        elif return_x:
-            a, *rest = self.bn(x, stats, offset=offset, return_x=return_x)
-        else:
-            a, *rest = (self.bn(x, stats, offset=offset),)
-        if self.upsample:
-            a = tf.interpolate(a, scale_factor=2, mode="nearest")
-        return (self.conv(a), *rest) if return_x else self.conv(a)
 
 
 def build_op(name: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -180,13 +144,18 @@ class Cell(nn.Module):
         """`stats`: of x where the op before has returned them, as `functional.Norm` takes them; `return_stats`: return (out,
         stats of out), the latter None where they do not come for nothing; `next_norm`: the normalisation of out that follows,
         as `functional.se_residual` takes it; `return_x`: and x behind them, for what else reads it."""
-        *first, last = self.ops
+        ops = list(self.ops)
         options: dict[str, Any] = {} if stats is None else {"stats": stats}
         if x.requires_grad and torch.is_grad_enabled():
             options["return_x"] = 1 + return_x  # the backward of the first op then adds all gradients of x
         passed, y, rest, bias = [x, x], x, [], None
-        for op in (*first, last.branch if isinstance(last, InvertedResidual) else last):
-            found = op(y, **options)
+        while ops:
+            chain = chain_of(ops, y)
+            op, ops = chain[-1], ops[len(chain) :]
+            if len(chain) > 1:
+                found = chained(chain, y, **options)
+            else:
+                found = op.branch(y, **options) if isinstance(op, InvertedResidual) and not ops else op(y, **options)
             y, *rest = found if isinstance(found, tuple) else (found,)
             if "return_x" in options:
                 rest, passed = rest[: -options["return_x"]], rest[-options["return_x"] :]

@@ -17,7 +17,7 @@ from nvae_fast._version import __version__
 from nvae_fast.kernels import _auto, _impl
 
 PACKAGES = ("torch", "numpy", "triton")
-RULES = {"cpu": _auto.CPU, "cuda": _auto.CUDA}
+RULES = {"cpu": _auto.CPU, "triton": _auto.TRITON, "cuda": _auto.CUDA}
 
 
 def environment() -> dict[str, Any]:

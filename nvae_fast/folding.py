@@ -159,6 +159,9 @@ class _ActConv(ActConv):
             x = tf.interpolate(x, scale_factor=2, mode="nearest")
         return self.conv(x)
 
+    def fused(self, x: Tensor) -> bool:
+        return False  # its BN is a table
+
 
 class _Reduce(FactorizedReduce):
     """Its four convolutions, put together once."""

@@ -2,7 +2,7 @@
 
 from nvae_fast.kernels._norm import Norm
 from nvae_fast.kernels.bn_act import bn_act
-from nvae_fast.kernels.conv2d import conv2d
+from nvae_fast.kernels.conv2d import conv2d, preact_branch
 from nvae_fast.kernels.depthwise_conv import depthwise_conv
 from nvae_fast.kernels.flow_cell import flow_cell, flow_cells
 from nvae_fast.kernels.inverted_residual import inverted_residual
@@ -45,6 +45,7 @@ __all__ = [
     "normal_sample",
     "pointwise_conv",
     "power_iteration",
+    "preact_branch",
     "residual_normal",
     "se_residual",
     "soft_clamp",

@@ -1,3 +1,3 @@
-from nvae_fast.kernels.conv2d.api import conv2d
+from nvae_fast.kernels.conv2d.api import conv2d, preact_branch
 
-__all__ = ["conv2d"]
+__all__ = ["conv2d", "preact_branch"]

@@ -6,17 +6,19 @@ Of a 3x3 of stride 1 a GPU has kernels of its own, which apply act(BN(x)) on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nvae_fast.kernels import _norm, _triton
-from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._autograd import first_order, thirds
 from nvae_fast.kernels._norm import FOLLOWING, Following
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.conv2d.reference import conv2d
 
+PARTS = len(_norm.Parts._fields)
 TILE = 8  # of pixels: both sides of an image are multiples of it
 
 torch.library.define(
@@ -114,3 +116,65 @@ class NormConv2d(torch.autograd.Function):
             c, parts = _norm.gradients(table, bn, count, config, wanted[7:])
             dx = raw.bn_act_bwd(da, x, bn, act, c, *also)
         return dx, dweight, dbias, None, None, None, None, *parts
+
+
+class PreactBranch(torch.autograd.Function):
+    """Returns (y, *`readers` times x) of [norm -> act -> 3x3] once for each weight, by the kernels that `fits` speaks of:
+
+        x --bn0, act, 3x3--> t1 --bn1, act, 3x3--> y
+
+    Each convolution takes the statistics of what it writes on the way out, up to the table of the normalisation that follows;
+    in backward it takes the backward of that normalisation on the way in (c0 dy + c1 y + c2) and leaves the two sums that the
+    one before it needs. Keeps x, what is between the convolutions, and the tables; moves the running statistics. x is an
+    output for what else reads it: those gradients then come here, added in the last pass.
+
+    `tensors`: the weights, then the parts of the normalisation before each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        configs: Sequence[_norm.NormConfig],
+        act: int,
+        dilations: Sequence[int],
+        readers: int,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        stages = len(configs)
+        norms = [_norm.Parts(*tensors[i : i + PARTS]) for i in range(stages, len(tensors), PARTS)]
+        y, taken = x, None
+        images, tables, counts = [], [], []
+        for i, (weight, parts, config) in enumerate(zip(tensors, norms, configs, strict=False)):
+            bn, count = _norm.coefficients(y, parts if taken is None else parts._replace(stats=taken), config)
+            images.append(y), tables.append(bn), counts.append(count)
+            wanted = i + 1 < stages and norms[i + 1].stats is None
+            behind = _norm.following(norms[i + 1], configs[i + 1]) if wanted else Following()
+            y, taken = torch.ops.nvae_fast.conv2d_fwd(y, bn, act, weight, dilations[i], wanted, *behind)
+            taken = taken if wanted else None
+        ctx.save_for_backward(*images, *tables, *tensors[:stages])
+        ctx.settings = configs, act, dilations, counts
+        ctx.set_materialize_grads(False)
+        return y, *[x.view_as(x) for _ in range(readers)]
+
+    @staticmethod
+    @first_order("preact_branch")
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        also = _norm.others(others)
+        if dy is None:
+            return _norm.total(also), *(None for _ in ctx.needs_input_grad[1:])
+        raw = torch.ops.nvae_fast
+        images, tables, weights = thirds(ctx.saved_tensors)
+        configs, act, dilations, counts = ctx.settings
+        wanted, stages = ctx.needs_input_grad[5:], len(configs)
+        du, y, c = dy, None, None
+        dweights, parts = [None] * stages, [None] * stages
+        for i in reversed(range(stages)):
+            x, bn = images[i], tables[i]
+            du, dweights[i], table = raw.conv2d_bwd(du, y, c, x, bn, act, weights[i], dilations[i], counts[i])
+            c, parts[i] = _norm.gradients(table, bn, counts[i], configs[i], wanted[stages + i * PARTS :][:PARTS])
+            y = x
+        if ctx.needs_input_grad[0]:
+            raw.bn_act_affine_(du, images[0], c, *also)
+        given = (g if w else None for g, w in zip((du, None, None, None, None, *dweights), ctx.needs_input_grad, strict=False))
+        return *given, *(g for p in parts for g in p)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -181,6 +182,10 @@ def dense(t, n, impl, act="swish", **options):
     return F.conv2d(*t, norm=n[0], act=act, impl=impl, **options)
 
 
+def preact(t, n, impl, act="swish", **options):
+    return F.preact_branch(t[0], t[1:], n, act=act, impl=impl, **options)
+
+
 def branch(t, n, impl, **options):
     return F.inverted_residual(*t, n, impl=impl, **options)
 
@@ -213,6 +218,10 @@ def se(t, n, impl, **options):
     skip, x, *rest = t
     bias = rest.pop() if len(rest) % 4 else None
     return F.se_residual(skip, x, *(rest or (None,) * 4), bias=bias, impl=impl, **options)
+
+
+def preact_weights(*channels, k=3):
+    return [tensor(o, c, k, k, scale=(k * k * c) ** -0.5) for c, o in pairwise(channels)]
 
 
 def branch_tensors(batch, channels, hidden, out, h, w, k=3):
@@ -251,6 +260,12 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
             [norm(20)],
         ),
         "dense passes x": (skipping(dense, padding=1), [x, tensor(20, 20, 3, 3, scale=0.1), tensor(20)], [norm(20)]),
+        "preact": (preact, [x, *preact_weights(20, 9, 4)], [norm(20), norm(9)]),
+        "preact passes x": (
+            lambda t, n, i: skipping(preact, dilations=[2, 1])(t, n, i),
+            [x, *preact_weights(20, 9, 20)],
+            [norm(20), norm(9)],
+        ),
         "branch": (branch, *mix),
         "branch passes x": (skipping(branch), branch_tensors(batch, 6, 20, 6, 6, 5), branch_norms(6, 20, 6)),
         "branch passes x twice": (

@@ -24,6 +24,7 @@ CALLS = {
     "bn_act": {"x": X, "weight": square(4), "bias": None, "running_mean": square(4), "running_var": square(4),
                "training": False},
     "conv2d": {"x": X, "weight": square(5, 4, 3, 3), "bias": square(5), "norm": norm(4), "stride": 1},
+    "preact_branch": {"x": X, "weights": [square(5, 4, 3, 3), square(3, 5, 1, 1)], "norms": [norm(4), norm(5)], "act": "elu"},
     "depthwise_conv": {"x": X, "weight": square(4, 1, 3, 3), "dilation": 1},
     "pointwise_conv": {"x": X, "weight": square(5, 4, 1, 1), "norm": norm(4), "act": "swish"},
     "inverted_residual": {
