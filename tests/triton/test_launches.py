@@ -34,6 +34,13 @@ def cell():
     module(x).sum().backward()
 
 
+def encoder():
+    torch.manual_seed(0)
+    module = Cell(4, 4, ["res_bnswish"] * 2, stride=1, use_se=True).to(memory_format=torch.channels_last).train()
+    x = torch.randn(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    module(x).sum().backward()
+
+
 def weights():
     convs = [WeightNormConv2d(3, 4, 3), WeightNormConv2d(4, 2, 1)]
     found = F.weight_norm([c.weight for c in convs], [c.log_weight_norm for c in convs], [None, None])
@@ -57,7 +64,7 @@ def flow():
     FlowCell(2)(z).sum().backward()
 
 
-@pytest.mark.parametrize("work", [cell, weights, latents, pixels, flow], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("work", [cell, encoder, weights, latents, pixels, flow], ids=lambda f: f.__name__)
 def test_what_is_counted_is_launched(launches, monkeypatch, work):
     monkeypatch.setattr(_auto, "choose", lambda op, impl, *rest, **options: impl)
     with launches() as real:
