@@ -6,8 +6,7 @@ float32. Sums over pixels are taken by tiles, or by tasks of CHUNK rows, and joi
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import NO_JOIN, join, joined_stats, joined_sums
+from nvae_fast.kernels._join import GROUPS, NO_JOIN, join, joined_stats, joined_sums
 from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import (
     MEAN,
@@ -31,32 +30,37 @@ from nvae_fast.kernels._tile import (
 )
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
-from nvae_fast.kernels.conv2d._device import PIXELS, add_taps, join_tiles, map_activated, map_gradient, pixels_of
-from nvae_fast.kernels.conv2d.ops import TILE, fits
+from nvae_fast.kernels.conv2d._device import add_taps, join_shares, join_tiles, map_activated, map_gradient, pixels_of
+from nvae_fast.kernels.conv2d._plan import plan_taps, plan_weight, rounded
+from nvae_fast.kernels.conv2d.ops import fits
 from nvae_fast.kernels.pointwise_conv._device import load_activated
-
-PROGRAMS = 128  # that a GPU should get: about one for each of its multiprocessors
-JOINED = 4  # tasks that are joined at once
 
 
 @triton.jit
-def conv2d_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, map_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, H, W,
-                      ACT: tl.constexpr, DILATION: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-                      PITCH: tl.constexpr, SPACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def conv2d_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, map_ptr, shares_ptr, share_tickets_ptr, parts_ptr,
+                      tickets_ptr, TASKS, GROUP, M, K, N, H, W, ACT: tl.constexpr, DILATION: tl.constexpr, WIDE: tl.constexpr,
+                      UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, SHARES: tl.constexpr, DEPTH: tl.constexpr,
+                      SPACE: tl.constexpr, TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       BLOCK_K: tl.constexpr):  # fmt: skip
     """y = conv(A, W). out [2, N], mean and variance of y as stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's
     mean and sum of squares about it."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
-    program, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    tile, block = program // across, program % across
+    program, share, across = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES, tl.cdiv(N, BLOCK_N)
+    tile, block, k0 = program // across, program % across, share * DEPTH
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if map_ptr is not None:
-        map_ptr += program.to(tl.int64) * SPACE * PITCH
-        map_activated(map_ptr, x_ptr, bn_ptr, tile, M, K, H, W, ACT, DILATION, WIDE, PITCH, SPACE, BLOCK_M, BLOCK_K)
+        map_ptr += tl.program_id(0).to(tl.int64) * SPACE * DEPTH
+        map_activated(map_ptr, x_ptr, bn_ptr, tile, k0, M, K, H, W, ACT, DILATION, WIDE, DEPTH, SPACE, TILE_W, BLOCK_M, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total = add_taps(total, map_ptr, x_ptr, w_ptr, tile, n, H, W, K, N, False, DILATION, WIDE, PITCH, BLOCK_K)
+    total = add_taps(total, map_ptr, x_ptr, w_ptr, tile, k0, n, H, W, K, N, False, DILATION, WIDE, DEPTH, TILE_W, BLOCK_K)
+    if SHARES > 1:
+        shares_ptr += program.to(tl.int64) * SHARES * BLOCK_M * BLOCK_N
+        last, total = join_shares(total, shares_ptr, share_tickets_ptr + across * (1 + GROUPS) + program, share, SHARES)
+        if not last:
+            return
     y = total.to(y_ptr.dtype.element_ty)
-    store_rows(y_ptr, pixels_of(tile, H, W, BLOCK_M, WIDE), n, M, N, y)
+    m, _, _ = pixels_of(tile, H, W, TILE_W, BLOCK_M, WIDE)
+    store_rows(y_ptr, m, n, M, N, y)
     if parts_ptr is not None:
         y = y.to(tl.float32)
         mean = tl.sum(y, 0) / BLOCK_M
@@ -84,27 +88,36 @@ def store_du(du, x_ptr, bn_ptr, du_ptr, parts_ptr, tile, m, k, M, K, ACT: tl.con
 
 
 @triton.jit
-def conv2d_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, g_ptr, a_ptr, out_ptr, share, map_ptr, parts_ptr,
-                     tickets_ptr, TASKS, GROUP, M, K, N, H, W, C_ROWS: tl.constexpr, ACT: tl.constexpr, DILATION: tl.constexpr,
-                     WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, PITCH: tl.constexpr, SPACE: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PITCH_A: tl.constexpr):  # fmt: skip
+def conv2d_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, g_ptr, a_ptr, out_ptr, share_of_mean, map_ptr,
+                     shares_ptr, share_tickets_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, H, W, C_ROWS: tl.constexpr,
+                     ACT: tl.constexpr, DILATION: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+                     SHARES: tl.constexpr, DEPTH: tl.constexpr, SPACE: tl.constexpr, TILE_W: tl.constexpr,
+                     PITCH_G: tl.constexpr, PITCH_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr):  # fmt: skip
     """du = (transposed conv of g) act'(u), u = x without bn; the table of gradients from parts [tiles, 2, K]: sum(du),
-    sum(du (x - mean)), of du before it is rounded. Leaves g [M, PITCH], unless it is dy, and A [M, PITCH_A], unless it is x."""
+    sum(du (x - mean)), of du before it is rounded. Leaves g [M, PITCH_G], unless it is dy, and A [M, PITCH_A], unless it is
+    x."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
-    program, across = tl.program_id(0), tl.cdiv(K, BLOCK_K)
-    tile, block = program // across, program % across
+    program, share, across = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES, tl.cdiv(K, BLOCK_K)
+    tile, block, n0 = program // across, program % across, share * DEPTH
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     if map_ptr is not None:
-        map_ptr += program.to(tl.int64) * SPACE * PITCH
-        map_gradient(map_ptr, g_ptr, block == 0, dy_ptr, y_ptr, c_ptr, tile, M, N, H, W, C_ROWS, DILATION, WIDE, PITCH, SPACE,
-                     BLOCK_M, BLOCK_N)  # fmt: skip
-    m = pixels_of(tile, H, W, BLOCK_M, WIDE)
+        map_ptr += tl.program_id(0).to(tl.int64) * SPACE * DEPTH
+        map_gradient(map_ptr, g_ptr, block == 0, dy_ptr, y_ptr, c_ptr, tile, n0, M, N, H, W, C_ROWS, DILATION, WIDE, DEPTH,
+                     SPACE, TILE_W, PITCH_G, BLOCK_M, BLOCK_N)  # fmt: skip
+    m, _, _ = pixels_of(tile, H, W, TILE_W, BLOCK_M, WIDE)
     if a_ptr is not None:  # before the products, whose sums take the registers
-        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
-        tl.store(a_ptr + m[:, None] * PITCH_A + k[None, :], a, mask=(k < PITCH_A)[None, :])
+        if share == 0:
+            a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
+            tl.store(a_ptr + m[:, None] * PITCH_A + k[None, :], a, mask=(k < PITCH_A)[None, :])
         tl.debug_barrier()
     du = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    du = add_taps(du, map_ptr, dy_ptr, w_ptr, tile, k, H, W, N, K, True, DILATION, WIDE, PITCH, BLOCK_N)
+    du = add_taps(du, map_ptr, dy_ptr, w_ptr, tile, n0, k, H, W, N, K, True, DILATION, WIDE, DEPTH, TILE_W, BLOCK_N)
+    if SHARES > 1:
+        shares_ptr += program.to(tl.int64) * SHARES * BLOCK_M * BLOCK_K
+        last, du = join_shares(du, shares_ptr, share_tickets_ptr + across * (1 + GROUPS) + program, share, SHARES)
+        if not last:
+            return
     if BLOCK_M * BLOCK_K > 64 * 128:  # one half after the other: both would spill
         HALF: tl.constexpr = BLOCK_K // 2
         left, right = tl.split(tl.permute(tl.reshape(du, [BLOCK_M, 2, HALF]), [0, 2, 1]))
@@ -117,7 +130,7 @@ def conv2d_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, g_ptr, 
     if bn_ptr is not None:
         done, total, moment = joined_sums(parts_ptr, tickets_ptr, tile, block, k, K, TASKS, GROUP)
         if done:
-            store_gradients(out_ptr, bn_ptr, total, moment, share, k, K)
+            store_gradients(out_ptr, bn_ptr, total, moment, share_of_mean, k, K)
 
 
 @triton.jit
@@ -162,10 +175,10 @@ def conv2d_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation:
     found = x.new_empty(Following(*norm).rows(stats), out, dtype=torch.float32)
     if not y.numel():
         return y, zero_stats(x, out, stats, norm, rows)
-    plan = _plan(x, out, fan, dilation, mapped=bn is not None or act > 0)
+    plan = plan_taps(x, out, fan, dilation, mapped=bn is not None or act > 0)
     parts = join(x, rows // plan.block_m, out, triton.cdiv(out, plan.block_n)) if stats else NO_JOIN
     conv2d_fwd_kernel[(plan.programs,)](
-        *(x, bn, w, y, found, following(norm, out, rows), plan.map, *parts),
+        *(x, bn, w, y, found, following(norm, out, rows), *plan.scratch, *parts),
         **sizes | plan.options,
         **dict(ACT=act, DILATION=dilation, WIDE=_wide(x, y), BLOCK_N=plan.block_n, BLOCK_K=plan.block_k),
     )
@@ -186,34 +199,27 @@ def conv2d_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Te
     table = x.new_empty(0 if bn is None else GRADIENTS, fan, dtype=torch.float32)
     if not dy.numel() or not weight.numel():
         return du.zero_(), dweight.zero_(), table.zero_()
-    plan = _plan(x, fan, out, dilation, mapped=c is not None)
-    g = dy if c is None else x.new_empty(rows, plan.options["PITCH"])
-    changed, pitch_a = bn is not None or act > 0, fan
-    if changed:
-        pitch_a = triton.cdiv(fan, 16) * 16
-    a = x.new_empty(rows, pitch_a) if changed else x
+    plan = plan_taps(x, fan, out, dilation, mapped=c is not None)
+    changed = bn is not None or act > 0
+    g = dy if c is None else x.new_empty(rows, rounded(out))
+    a = x.new_empty(rows, rounded(fan)) if changed else x
     wide = any(map(_triton.wide, (x, dy, a, g)))
     parts = NO_JOIN if bn is None else join(x, rows // plan.block_m, fan, triton.cdiv(fan, plan.block_n))
     conv2d_du_kernel[(plan.programs,)](
-        *(dy, y, c, x, bn, w, du, None if c is None else g, a if changed else None, table, share(count), plan.map, *parts),
+        *(dy, y, c, x, bn, w, du, None if c is None else g, a if changed else None, table, share(count)),
+        *(*plan.scratch, *parts),
         **sizes | plan.options,
         **dict(C_ROWS=0 if c is None else len(c), ACT=act, DILATION=dilation, WIDE=wide),
-        **dict(BLOCK_N=plan.block_k, BLOCK_K=plan.block_n, PITCH_A=pitch_a),
+        **dict(BLOCK_N=plan.block_k, BLOCK_K=plan.block_n, PITCH_G=g.shape[1], PITCH_A=a.shape[1]),
     )
     _dweight(g, a, dweight, sizes, dilation, wide)
     return du, dweight, table
 
 
 def _dweight(g: Tensor, a: Tensor, dweight: Tensor, sizes: dict[str, int], dilation: int, wide: bool) -> None:
+    """By tasks of rows, of which the last joins what all have of a tile of the weight"""
     rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
-    count = lambda t: 9 * triton.cdiv(out, t[0]) * triton.cdiv(fan, t[1])  # noqa: E731
-    table = DWEIGHT[a.element_size()]
-    tile = next((t for t in table if count(t) * JOINED >= PROGRAMS), table[-1])
-    *most, block_m, warps, stages = tile
-    block_n, block_k = (max(_triton.power_of_2(n, m), 16) for n, m in zip((out, fan), most, strict=True))
-    tiles = count(tile)
-    tasks, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // tiles)
-    group = tasks if tasks <= JOINED else math.isqrt(tasks - 1) + 1
+    tiles, tasks, chunk, group, options = plan_weight(a, rows, out, fan)
     parts = tickets = None
     if tasks > 1:
         groups = triton.cdiv(tasks, group)
@@ -222,8 +228,8 @@ def _dweight(g: Tensor, a: Tensor, dweight: Tensor, sizes: dict[str, int], dilat
     conv2d_dweight_kernel[(tiles * tasks,)](
         *(g, a, dweight, parts, tickets, tasks, group, chunk, rows, fan, out, *dweight.stride(), sizes["H"], sizes["W"]),
         **dict(DILATION=dilation, WIDE=wide, UNIT_K=sizes["UNIT_K"], UNIT_N=sizes["UNIT_N"]),
-        **dict(PITCH_G=g.shape[1], PITCH_A=a.shape[1], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
-        **dict(num_warps=warps, num_stages=stages),
+        **dict(PITCH_G=g.shape[1], PITCH_A=a.shape[1]),
+        **options,
     )
 
 
@@ -243,39 +249,3 @@ def _arguments(x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor
 
 def _wide(*images: Tensor | None) -> bool:
     return any(t is not None and _triton.wide(t) for t in images)
-
-
-class Plan(NamedTuple):
-    """Tiles of a product over the nine taps, and the maps of its programs."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    programs: int
-    map: Tensor | None
-    options: dict[str, int]
-
-
-# By size of a stored value: tiles [pixels, columns], the channels summed over at a time, warps and stages; the largest first.
-TILES = {
-    2: ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
-    4: ((64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
-}
-# The same of tiles of the weight [columns of y, of x] and the rows summed over at a time.
-DWEIGHT = {2: ((128, 128, 64, 8, 3), (64, 64, 64, 4, 5)), 4: ((64, 64, 16, 8, 3),)}
-
-
-def _plan(x: Tensor, columns: int, depth: int, dilation: int, mapped: bool) -> Plan:
-    """The largest tile of which there are enough to fill a GPU. A function of the sizes alone: it decides the bits of sums."""
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    whole = [t for t in TILES[x.element_size()] if x.shape[3] % (t[0] // TILE) == 0]
-    enough = (t for t in whole if rows // t[0] * triton.cdiv(columns, t[1]) >= PROGRAMS)
-    block_m, *most, warps, stages = next(enough, whole[-1])
-    block_n, block_k = (max(_triton.power_of_2(n, m), 16) for n, m in zip((columns, depth), most, strict=True))
-    across, tiles = triton.cdiv(columns, block_n), rows // block_m
-    pitch = triton.cdiv(depth, block_k) * block_k
-    area = (TILE + 2 * dilation) * (block_m // TILE + 2 * dilation)
-    space = triton.cdiv(area, PIXELS.value) * PIXELS.value
-    scratch = x.new_empty(tiles * across, space, pitch) if mapped else None
-    options = dict(PITCH=pitch, SPACE=space, BLOCK_M=block_m, num_warps=warps, num_stages=stages)
-    return Plan(block_m, block_n, block_k, tiles * across, scratch, options)

@@ -17,17 +17,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nvae_fast.kernels.conv2d import _plan as conv2d
 from nvae_fast.kernels.pointwise_conv import triton as pointwise
 
 MODULES = "_join", "adamax.triton", "bn_act.triton", "bn_act.tables", "depthwise_conv.triton", "pointwise_conv.triton"
 MODULES += "se_residual.triton", "residual_normal.triton", "residual_normal._log_prob", "residual_normal._sample"
-MODULES += "logistic_mixture.triton", "logistic_mixture._sample"
+MODULES += "conv2d.triton", "logistic_mixture.triton", "logistic_mixture._sample"
 MODULES += "flow_cell.triton", "power_iteration.triton", "shared_weights.triton", "weight_norm.triton"
 STORED = {
     f"{t}_ptr" for t in ("g", "w", "x", "y", "dy", "dx", "du", "skip", "also", "also2")
 }  # images; every other pointer is a float32 table
 STORED |= {f"{d}{t}_ptr" for t in ("z", "mu_q", "log_sigma_q", "mu_p", "log_sigma_p", "params") for d in ("", "d", "also_")}
-STORED |= {"h1_ptr", "addend_ptr", "beside_ptr", "dbeside_ptr"}
+STORED |= {"a_ptr", "map_ptr", "h1_ptr", "addend_ptr", "beside_ptr", "dbeside_ptr"}
 KINDS = {
     "tickets_ptr": "i32",
     "dtickets_ptr": "i32",
@@ -76,6 +77,9 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
     "bn_act_bwd_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
     "bn_act_affine_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
+    "conv2d_fwd_kernel": [("norm",), (*JOIN, "norm"), ("bn_ptr", "map_ptr")],
+    "conv2d_du_kernel": [("c_ptr", "y_ptr", "map_ptr", "g_ptr"), ("bn_ptr", "a_ptr", *JOIN)],
+    "conv2d_dweight_kernel": [JOIN],
     "depthwise_conv_fwd_kernel": [("norm",), ("parts_ptr", "norm")],
     "depthwise_conv_bwd_kernel": [("bn_ptr", "out_ptr", *JOIN)],
     "pointwise_conv_fwd_kernel": [
@@ -111,6 +115,9 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "pointwise_conv_fwd_kernel": (pointwise.FORWARD, "MNK"),
     "pointwise_conv_du_kernel": (pointwise.BACKWARD, "MKN"),
     "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
+    "conv2d_fwd_kernel": (conv2d.TILES, "MNK"),
+    "conv2d_du_kernel": (conv2d.TILES, "MKN"),
+    "conv2d_dweight_kernel": (conv2d.DWEIGHT, "NKM"),
 }
 LARGEST = {("pointwise_conv_fwd_kernel", 128): ("sums_ptr", "beside_ptr")}  # what a launcher leaves out at its largest tile
 APART = {  # what is not there behind a normalisation, and what without one; all others leave nothing out
@@ -124,6 +131,8 @@ APART = {  # what is not there behind a normalisation, and what without one; all
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
+    "conv2d": dict(SHARES=1, DILATION=1, DEPTH=192, SPACE=192, TILE_W=8, PITCH_A=192, PITCH_G=192),
+    "conv2d_dweight": dict(H=32, W=32, dw_k=1),
     "flow_cell": dict(PITCH=128, TILE_N=1, TILE_H=16, TILE_W=16, BLOCK_E=32, BLOCK_H=64, BLOCK_Z=32, BLOCK_K=32, num_warps=8),
     "flow_cell_join": dict(BLOCK_T=16, num_warps=4),
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
@@ -135,7 +144,9 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "se_residual_dgate": dict(BLOCK_W=128),
     "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
 }
-OTHERS = {  # than CONSTANTS say
+OTHERS = {  # than CONSTANTS say; of products, at their largest tile
+    "conv2d_fwd_kernel": [dict(SHARES=4, TILE_W=16)],
+    "conv2d_du_kernel": [dict(SHARES=4, TILE_W=16)],
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
     "depthwise_conv_bwd_kernel": [dict(BLOCK_T=8, BLOCK_D=8) | more for more in ({}, dict(STRIDE=2), dict(UP=2))],
     **{f"se_residual_{name}_kernel": [{}, dict(BIAS=True)] for name in ("gate", "fwd", "dgate", "bwd")},
@@ -147,14 +158,19 @@ ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxa
 
 def tiles(name: str, storage: str) -> list[dict]:
     """The constants and options that a launcher may choose, beside CONSTANTS."""
+    said = [values for start, values in FIXED.items() if name.startswith(start)]
+    fixed = dict(pair for values in said for pair in values.items())
     if name not in PRODUCTS:
-        said = [values for start, values in FIXED.items() if name.startswith(start)]
-        fixed = dict(pair for values in said for pair in values.items())
         others = [fixed | values for values in OTHERS.get(name, [{}])]
         return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), others)
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
-    return [{f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | {"num_warps": row[3]} for row in rows]
+    options = "num_warps", "num_stages"
+    found = [
+        fixed | {f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | dict(zip(options, row[3:], strict=False))
+        for row in rows
+    ]
+    return [found[0] | values for values in OTHERS.get(name, [])] + found
 
 
 def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: tuple = (), ones: bool = False,
@@ -172,7 +188,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         | {n: None if n.endswith("_ptr") or n == "norm" else 1 for n in absent}
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_B", "UNIT_N"), 1 if ones else unit)
     )
-    multiples = ("C", "K", "B", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
+    multiples = ("C", "K", "B", "N", "WIDTH", "ELEMENTS", "SPAN", "dw_n", "dw_h", "dw_w") if unit == 16 else ()
     kinds = {}
     for n in names:
         pointed = storage if n in STORED else KINDS.get(n, "fp32")
@@ -203,7 +219,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         constexprs=fixed,
         attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )
-    options = dict(num_warps=tile.get("num_warps", 4), num_stages=1 if name.startswith("flow_cell") else 3)
+    stages = tile.get("num_stages", 1 if name.startswith("flow_cell") else 3)
+    options = dict(num_warps=tile.get("num_warps", 4), num_stages=stages)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = binary.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -221,6 +238,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         "images": [] if "layout" in tile else images,
         "layout": tile.get("layout"),
         "lists": "jobs_table" in names,
+        "shares": tile.get("SHARES"),
         "loads": _widths(ptx, "ld"),
         "stores": _widths(ptx, "st"),
         "local": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", said))) + ptx.count(".local"),

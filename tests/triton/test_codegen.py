@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 PRODUCTS = tuple(f"pointwise_conv_{name}_kernel" for name in ("fwd", "du", "dweight"))
+TAPS = tuple(f"conv2d_{name}_kernel" for name in ("fwd", "du", "dweight"))
 
 JOINING = {f"bn_act_{name}_kernel" for name in ("stats", "sums")} | {"se_residual_fwd_kernel"}  # what their programs leave
 JOINING |= {
     f"{name}_kernel" for name in ("depthwise_conv_fwd", "depthwise_conv_bwd", "pointwise_conv_fwd", "pointwise_conv_du")
 }
+JOINING |= {*TAPS}
 OF_IMAGES = {f"se_residual_{name}_kernel" for name in ("gate", "dgate")}  # what the programs of an image leave
 OF_IMAGES |= {"residual_normal_fwd_kernel", "residual_normal_log_prob_fwd_kernel"}
 OF_IMAGES |= {"flow_cell_bwd_kernel"}  # of tiles
@@ -40,7 +42,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_compiles_for_both_architectures(rows):
     kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 42
+    assert len(kernels) == 45
     assert {(row["kernel"], row["arch"]) for row in rows} == {(name, arch) for name in kernels for arch in (80, 90)}
 
 
@@ -52,9 +54,15 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
         if row["kernel"].startswith("se_residual"):  # tables of images and of parameters
             for width in ("32", "64"):
                 row["loads"].pop(width, 0), row["stores"].pop(width, 0)
-        if "_conv_" in row["kernel"]:  # tables, a value a thread: at most three of them, three times ahead; sums and tables out
+        if (
+            "_conv_" in row["kernel"] or row["kernel"] in TAPS
+        ):  # tables, a value a thread: at most three of them, three times ahead; sums and tables out
             assert row["loads"].pop("32", 0) <= 10 and row["stores"].pop("32", 0) <= 18, row
-        if row["kernel"] in ("bn_act_stats_kernel", "depthwise_conv_fwd_kernel"):  # the counter of the norm that follows
+        if row["kernel"] in (
+            "bn_act_stats_kernel",
+            "depthwise_conv_fwd_kernel",
+            TAPS[0],
+        ):  # the counter of the norm that follows
             assert row["loads"].pop("64", 0) <= 1 and row["stores"].pop("64", 0) <= 1, row
         if row["kernel"] == PRODUCTS[0]:  # the counter of the norm that follows; a bias, two values a thread
             most = 1 if "bias_ptr" in row["absent"] else 17
@@ -86,6 +94,7 @@ def test_parts_are_stored_before_a_ticket_is_drawn_and_read_from_where_all_progr
         tickets = 2 - row.get("ones", False)  # of a group's tasks, of all groups; of a single task
         if row["kernel"] == "depthwise_conv_bwd_kernel":  # and of the taps' tasks, which are there without bn, too
             tickets = 1 if "bn_ptr" in row.get("absent", ()) else tickets + 1
+        tickets += row["kernel"] in TAPS and row["shares"] > 1
         assert len(row["joins"]) == tickets, row
         assert all(all(ticket.values()) for ticket in row["joins"]), row
 
@@ -97,6 +106,13 @@ def test_products_of_tiles_take_their_left_operand_from_registers(rows):
     assert {row["kernel"] for row in products} == set(PRODUCTS)
     for row in products:
         assert row["wgmma"] == row["wgmma_registers"] > 0, row
+
+
+def test_products_over_taps_come_from_shared_memory_on_tensor_cores(rows):
+    """What stands before them was applied to a map in memory, which is copied ahead without registers (16-bit storage)."""
+    for row in rows:
+        if row["kernel"] in TAPS and row["arch"] == 90 and row["storage"] == "fp16":
+            assert row["wgmma"] > 0 == row["wgmma_registers"], row
 
 
 def test_planes_are_read_and_written_four_values_at_a_time(rows):

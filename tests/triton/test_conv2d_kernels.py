@@ -12,7 +12,7 @@ from torch.nn import functional as tf
 from nvae_fast.kernels import _triton
 
 pytest.importorskip("triton")
-from nvae_fast.kernels.conv2d import triton as launchers  # noqa: E402
+from nvae_fast.kernels.conv2d import _plan  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 RAW = torch.ops.nvae_fast
@@ -74,15 +74,16 @@ def test_values_and_gradients(within_budget, shape, way, dtype):
 
 @pytest.mark.parametrize(("tasks", "at_once"), [(9, 2), (5, 5)])  # in three groups; in one of more than are read at a time
 def test_many_tasks_of_a_weight_are_joined(monkeypatch, within_budget, tasks, at_once):
-    monkeypatch.setattr(launchers, "JOINED", at_once)
+    monkeypatch.setattr(_plan, "JOINED", at_once)
     check(arguments((tasks, 3, 4, 8, 8, 1))[1], FLOAT, within_budget)
 
 
 @pytest.mark.parametrize("way", ["norms", "none"])
-def test_tiles_of_16_pixels_across(monkeypatch, within_budget, way):
-    """The largest, of which there are enough in larger images."""
-    monkeypatch.setattr(launchers, "PROGRAMS", 1)
-    check(arguments((1, 70, 40, 8, 16, 2), way, HALF)[1], HALF, within_budget)
+@pytest.mark.parametrize("size", [(1, 8, 16), (2, 8, 8)], ids=str)
+def test_the_largest_tiles(monkeypatch, within_budget, size, way):
+    """Of which there are enough in larger images: a patch 16 pixels across, or two patches, here of two images."""
+    monkeypatch.setattr(_plan, "PROGRAMS", 1)
+    check(arguments((size[0], 70, 40, *size[1:], 2), way, HALF)[1], HALF, within_budget)
 
 
 def test_the_table_is_that_of_the_sums():
