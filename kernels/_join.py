@@ -20,7 +20,9 @@ from nvae_fast.kernels._tile import load_rows, store_row
 MANY = 128  # tasks, above which they are joined in 32 groups first: a program adds 32 tasks at a time, one after the other
 GROUPS = tl.constexpr(32)  # at most
 BLOCK_T = tl.constexpr(16)  # tasks that a program reads at a time
-COLUMNS = tl.constexpr(128)  # that a program of `join_columns` has
+VALUES = tl.constexpr(2048)  # of a tile that a program of `join_tile` adds at a time, of AHEAD tasks
+AHEAD = tl.constexpr(4)
+TILES = 8  # tasks whose tiles a program adds at least, one after the other, before they are joined in groups
 
 
 @triton.jit
@@ -120,16 +122,44 @@ def joined_stats(parts_ptr, tickets_ptr, task, block, c, M, C, CHUNK, TASKS, GRO
 
 
 @triton.jit
-def join_columns(parts_ptr, out_ptr, i, TASKS, WIDTH):
-    """out [WIDTH], the sum of parts [TASKS, WIDTH] that an earlier launch has left: its i-th COLUMNS values"""
-    c = i * COLUMNS + tl.arange(0, COLUMNS)
-    store_row(out_ptr, 0, c, WIDTH, add_parts(parts_ptr, 0, TASKS, c, WIDTH, WIDTH))
+def add_tiles(parts_ptr, to_ptr, first, last, n0, k, N, K, PITCH, SIZE, ROWS: tl.constexpr):
+    """to [N, K] = sum over tasks first to last - 1 of parts [., SIZE], in float64, of ROWS rows from n0 and the columns k; rows
+    are PITCH values apart. Few rows at a time: the products before should not wait for registers that only this takes."""
+    STEP: tl.constexpr = min(ROWS, VALUES // k.shape[0])
+    for r in range(0, ROWS, STEP):
+        n = n0 + r + tl.arange(0, STEP)
+        at, inside = n[:, None] * PITCH + k[None, :], (n < N)[:, None] & (k < K)[None, :]
+        total = tl.zeros([STEP, k.shape[0]], tl.float64)
+        for t0 in range(first, last, AHEAD):
+            for i in tl.static_range(AHEAD):
+                part = parts_ptr + tl.cast(t0 + i, tl.int64) * SIZE + at
+                total += tl.load(part, mask=inside & (t0 + i < last), other=0.0, cache_modifier=".cg").to(tl.float64)
+        tl.store(to_ptr + at, total.to(to_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def join_tile(parts_ptr, tickets_ptr, out_ptr, task, tile, n0, k, N, K, PITCH, SIZE, TASKS, GROUP, ROWS: tl.constexpr):
+    """Whether this program has written the sums of the tasks: out, a tile [ROWS, .] of rows that are PITCH values apart, of
+    parts [TASKS + groups, SIZE]. To be called as `joined_sums`; `tile` is a number. The host's part is `join_tiles`."""
+    tickets = tickets_ptr + tile * (1 + GROUPS)
+    group, first = task // GROUP, task // GROUP * GROUP
+    last = tl.minimum(first + GROUP, TASKS)
+    done = arrive(tickets + 1 + group, last - first)
+    if done:
+        if GROUP < TASKS:
+            row = parts_ptr + (TASKS + group).to(tl.int64) * SIZE
+            add_tiles(parts_ptr, row, first, last, n0, k, N, K, PITCH, SIZE, ROWS)
+            first, last = TASKS, TASKS + tl.cdiv(TASKS, GROUP)
+            done = arrive(tickets, last - first)
+    if done:
+        add_tiles(parts_ptr, out_ptr, first, last, n0, k, N, K, PITCH, SIZE, ROWS)
+    return done
 
 
 class Join(NamedTuple):
-    """What the launcher of a kernel with `joined_sums` or `joined_stats` passes on."""
+    """What the launcher of a kernel with `joined_sums`, `joined_stats` or `join_tile` passes on."""
 
-    parts: Tensor | None  # [TASKS + groups, 2, C]
+    parts: Tensor | None  # [TASKS + groups, 2, C], or [TASKS + groups, values]
     tickets: Tensor | None
     TASKS: int
     GROUP: int
@@ -140,10 +170,26 @@ NO_JOIN = Join(None, None, 0, 0)
 
 def join(like: Tensor, tasks: int, channels: int, blocks: int) -> Join:
     """For the programs of `tasks` tasks in each of `blocks` blocks of columns, on the device of `like`"""
-    group = max(triton.cdiv(tasks, GROUPS.value), BLOCK_T.value)
-    rows = tasks + (triton.cdiv(tasks, group) if group < tasks else 0)
+    rows, group = _rows(tasks, BLOCK_T.value)
     parts = like.new_empty(rows, 2, channels, dtype=torch.float32)
     return Join(parts, _triton.tickets(like.device, blocks * (1 + GROUPS.value)), tasks, group)
+
+
+def join_tiles(like: Tensor, tasks: int, size: int, tiles: int, before: Join, blocks: int) -> Join:
+    """For `join_tile`: the programs of `tasks` tasks in each of the `tiles` tiles of `size` values, in a launch that joins
+    `before`, of so many blocks, as well. One task has nothing to join."""
+    if tasks == 1:
+        return Join(None, None, 1, 1)
+    rows, group = _rows(tasks, TILES)
+    taken = 0 if before.tickets is None else blocks * (1 + GROUPS.value)
+    tickets = _triton.tickets(like.device, taken + tiles * (1 + GROUPS.value))[taken:]
+    return Join(like.new_empty(rows, size, dtype=torch.float32), tickets, tasks, group)
+
+
+def _rows(tasks: int, least: int) -> tuple[int, int]:
+    """(rows of parts, those of groups behind those of tasks; tasks of a group)"""
+    group = max(triton.cdiv(tasks, GROUPS.value), least)
+    return tasks + (triton.cdiv(tasks, group) if group < tasks else 0), group
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvae_fast.kernels._tile import SCALE, SHIFT, activate, load_pitched, load_row, store_row
+from nvae_fast.kernels._tile import SCALE, SHIFT, activate, load_pitched, load_row
 
 
 @triton.jit
@@ -51,39 +51,3 @@ def add_product(total, x_ptr, bn_ptr, w_ptr, m, n, M, K, N, PITCH, ACT: tl.const
         w = tl.load(w_ptr + n[None, :] * PITCH + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
         total = tl.dot(a, w, total, input_precision="ieee")
     return total
-
-
-@triton.jit
-def gradient_of(dy_ptr, y_ptr, c_ptr, w_ptr, m, k, M, K, N, PITCH, C_ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """G W [BLOCK_M, BLOCK_K], W [N, K] of rows that are PITCH values apart"""
-    du = tl.zeros([m.shape[0], k.shape[0]], tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
-        du = tl.dot(g, load_pitched(w_ptr, n, k, N, K, PITCH), du, input_precision="ieee")
-    return du
-
-
-@triton.jit
-def store_products(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, bparts_ptr, first, rows, n, k, M, K, N, PITCH,
-                   C_ROWS: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """parts [N, K] of rows that are PITCH values apart: G^T A over `rows` rows from the first; bparts [N]: the sums of G, by
-    the programs of column 0"""
-    m = first + tl.arange(0, BLOCK_M)
-    total = tl.zeros([n.shape[0], k.shape[0]], tl.float32)
-    if bparts_ptr is not None:
-        sums = tl.zeros([BLOCK_M, n.shape[0]], tl.float32)
-    for _ in range(0, rows, BLOCK_M):
-        g = load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS)
-        if c_ptr is not None:
-            g = tl.where((m < M)[:, None], g, 0.0)  # c2 stands in rows past the end
-        if bparts_ptr is not None:
-            sums += g.to(tl.float32)
-        a = load_activated(x_ptr, bn_ptr, m, k, M, K, ACT)
-        total = tl.dot(tl.trans(g), a, total, input_precision="ieee")
-        m += BLOCK_M
-    inside = (n < N)[:, None] & (k < K)[None, :]
-    tl.store(parts_ptr + n[:, None] * PITCH + k[None, :], total, mask=inside)
-    if bparts_ptr is not None:
-        if tl.min(k, 0) == 0:
-            store_row(bparts_ptr, 0, n, N, tl.sum(sums, 0))

@@ -8,6 +8,7 @@ the last tile, those of the weight's gradient and the bias's by programs of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,23 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import COLUMNS, NO_JOIN, join, join_columns, joined_stats, joined_sums
+from nvae_fast.kernels._join import NO_JOIN, join, join_tiles, joined_stats
 from nvae_fast.kernels._norm import Following
-from nvae_fast.kernels._tile import (
-    MEAN,
-    SCALE,
-    SHIFT,
-    differentiate,
-    load_row,
-    load_rows,
-    multiple,
-    offset_of,
-    store_row,
-    store_rows,
-)
+from nvae_fast.kernels._tile import load_row, load_rows, multiple, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
-from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
-from nvae_fast.kernels.pointwise_conv._device import add_product, gradient_of, store_products, tile_of
+from nvae_fast.kernels.bn_act.tables import following, share, store_stats, zero_stats
+from nvae_fast.kernels.pointwise_conv._backward import pointwise_conv_bwd_kernel
+from nvae_fast.kernels.pointwise_conv._device import add_product, tile_of
 
 PROGRAMS = 256  # that a GPU should get at least: two for each of its multiprocessors
 
@@ -88,83 +79,6 @@ def pointwise_conv_means_kernel(sums_ptr, means_ptr, M, N, P, TILE, BLOCK_T: tl.
     store_row(means_ptr, image, c, N, tl.sum(total, 0) / P)
 
 
-@triton.jit
-def pointwise_conv_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, beside_ptr, w_ptr, also_ptr, du_ptr, dbeside_ptr, out_ptr,
-                             dparts_ptr, bparts_ptr, dw_ptr, dbias_ptr, DTASKS, LEAD, share, parts_ptr, tickets_ptr, TASKS,
-                             GROUP, M, K, B, N, C_ROWS: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr,
-                             UNIT_K: tl.constexpr, UNIT_B: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """du = (G W) act'(u) + also, u = x without bn, and the same of `beside`, whose columns follow; the table of gradients from
-    parts [tiles, 2, K]: sum(du), sum(du (x - mean)), of du before it is rounded. The first LEAD programs join what the kernel
-    before has left of dw [N, K + B], then of dbias."""
-    K, B, N = multiple(K, UNIT_K), multiple(B, UNIT_B), multiple(N, UNIT_N)
-    if tl.program_id(0) < LEAD:
-        columns = tl.cdiv(N * (K + B), COLUMNS)
-        if tl.program_id(0) < columns:
-            join_columns(dparts_ptr, dw_ptr, tl.program_id(0), DTASKS, N * (K + B))
-        elif dbias_ptr is not None:
-            join_columns(bparts_ptr, dbias_ptr, tl.program_id(0) - columns, DTASKS, N)
-        return
-    program, tiles_of_x = tl.program_id(0) - LEAD, tl.maximum(tl.cdiv(K, BLOCK_K), 1)
-    across = tiles_of_x + tl.cdiv(B, BLOCK_K)
-    tile, block = program // across, program % across
-    m = offset_of(tile, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if beside_ptr is not None:
-        if block >= tiles_of_x:
-            b = (block - tiles_of_x) * BLOCK_K + tl.arange(0, BLOCK_K)
-            du = gradient_of(dy_ptr, y_ptr, c_ptr, w_ptr + K, m, b, M, B, N, K + B, C_ROWS, BLOCK_N)
-            if ACT:
-                du = differentiate(du, load_rows(beside_ptr, m, b, M, B), ACT)
-            store_rows(dbeside_ptr, m, b, M, B, du)
-            return
-    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    du = gradient_of(dy_ptr, y_ptr, c_ptr, w_ptr, m, k, M, K, N, K + B, C_ROWS, BLOCK_N)
-    if bn_ptr is not None:
-        x = load_rows(x_ptr, m, k, M, K)
-        scale, shift = load_row(bn_ptr, SCALE, k, K), load_row(bn_ptr, SHIFT, k, K)
-        du = differentiate(du, x * scale[None, :] + shift[None, :], ACT)
-        du = tl.where((m < M)[:, None], du, 0.0)
-        parts = parts_ptr + offset_of(tile, WIDE) * 2 * K
-        store_row(parts, 0, k, K, tl.sum(du, 0))
-        store_row(parts, 1, k, K, tl.sum(du * (x - load_row(bn_ptr, MEAN, k, K)[None, :]), 0))
-    elif ACT:
-        du = differentiate(du, load_rows(x_ptr, m, k, M, K), ACT)
-    if also_ptr is not None:
-        du += load_rows(also_ptr, m, k, M, K)
-    store_rows(du_ptr, m, k, M, K, du)
-    if bn_ptr is not None:
-        done, total, moment = joined_sums(parts_ptr, tickets_ptr, tile, block, k, K, TASKS, GROUP)
-        if done:
-            store_gradients(out_ptr, bn_ptr, total, moment, share, k, K)
-
-
-@triton.jit
-def pointwise_conv_dweight_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, beside_ptr, parts_ptr, bparts_ptr, M, K, B, N, CHUNK,
-                                  C_ROWS: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr,
-                                  UNIT_B: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """parts [tasks, N, K + B]: G^T A over a task's CHUNK rows; bparts [tasks, N]: the sums of G"""
-    K, B, N = multiple(K, UNIT_K), multiple(B, UNIT_B), multiple(N, UNIT_N)
-    tiles_of_x = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
-    across, down = tiles_of_x + tl.cdiv(B, BLOCK_K), tl.cdiv(N, BLOCK_N)
-    rest, block = tl.program_id(0) // across, tl.program_id(0) % across
-    task, n = rest // down, rest % down * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = offset_of(task, WIDE) * CHUNK
-    rows = tl.minimum(M - first, CHUNK).to(tl.int32)
-    parts_ptr += task.to(tl.int64) * N * (K + B)
-    if beside_ptr is not None:
-        if block >= tiles_of_x:
-            b = (block - tiles_of_x) * BLOCK_K + tl.arange(0, BLOCK_K)
-            store_products(dy_ptr, y_ptr, c_ptr, beside_ptr, None, parts_ptr + K, None, first, rows, n, b, M, B, N, K + B,
-                           C_ROWS, ACT, BLOCK_M)  # fmt: skip
-            return
-    if bparts_ptr is not None:
-        bparts_ptr += task * N
-    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    store_products(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, parts_ptr, bparts_ptr, first, rows, n, k, M, K, N, K + B, C_ROWS, ACT,
-                   BLOCK_M)  # fmt: skip
-
-
 def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool,
                        bias: Tensor | None = None, addend: Tensor | None = None,
                        beside: Tensor | None = None, *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -180,14 +94,16 @@ def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
     if not y.numel():
         return y, zero_stats(x, out, stats, norm, rows), found[1].zero_()
     fan = sizes["K"] + sizes["B"]
-    block_m, block_n, block_k, options = _tile(HOLDING_MORE if means or beside is not None else FORWARD, x, rows, out, fan)
+    *most, warps = _largest(HOLDING_MORE if means or beside is not None else FORWARD, x, rows, out)
+    block_m, block_n, block_k = _no_more(most, rows, out, fan)
     count = triton.cdiv(rows, block_m)
     parts = join(x, count, out, triton.cdiv(out, block_n)) if stats else NO_JOIN
     sums = x.new_empty(images + count, out, dtype=torch.float32) if means else None
     pointwise_conv_fwd_kernel[(count * triton.cdiv(out, block_n),)](
         *(x, bn, weight, bias, addend, beside, y, found[0], following(norm, out, rows), sums, *parts),
-        **sizes | options,
+        **sizes,
         **dict(P=pixels, ACT=act, WIDE=_wide(x, y, beside), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+        **dict(num_warps=warps, num_stages=3),
     )
     if sums is not None:
         grid = (images, triton.cdiv(out, 32))
@@ -221,27 +137,21 @@ def pointwise_conv_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor
         if bias:
             dbias = dy.sum((0, 2, 3))
         return du, dweight.zero_(), table.zero_(), dbias, dbeside.zero_()
-    common = sizes | {"C_ROWS": 0 if c is None else len(c), "ACT": act, "WIDE": _wide(x, dy, beside)}
-    block_n, block_k, block_m, options = _tile(DWEIGHT, x, out, fan, rows)
-    tiles = triton.cdiv(out, block_n) * _across(sizes, block_k)
-    tasks, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // tiles)
-    dparts, bparts = x.new_empty(tasks, *w.shape, dtype=torch.float32), None
-    if bias:
-        bparts = x.new_empty(tasks, out, dtype=torch.float32)
-    pointwise_conv_dweight_kernel[(tiles * tasks,)](
-        *(dy, y, c, x, bn, beside, dparts, bparts),
-        **common | options,
-        **dict(CHUNK=chunk, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
-    )
-    block_m, block_k, block_n, options = _tile(BACKWARD, x, rows, fan, out)
+    *most, warps = _largest(BACKWARD, x, rows, fan)
+    block_m, block_k, block_n = _no_more(most[:3], rows, fan, out)
+    weight_n, weight_k, weight_m = _no_more(most[3:], out, fan, rows)
     tiles, across = triton.cdiv(rows, block_m), _across(sizes, block_k)
+    dtiles = triton.cdiv(out, weight_n) * _across(sizes, weight_k)
+    tasks, chunk = _triton.tasks(rows, 4 * weight_m, PROGRAMS // 2 // dtiles)
     parts = NO_JOIN if bn is None else join(x, tiles, fan, across)
-    lead = triton.cdiv(w.numel(), COLUMNS.value) + triton.cdiv(len(dbias), COLUMNS.value)
-    pointwise_conv_du_kernel[(lead + tiles * across,)](
-        *(dy, y, c, x, bn, beside, w, also, du, dbeside, table, dparts, bparts, dweight, dbias if bias else None),
-        *(tasks, lead, share(count), *parts),
-        **common | options,
-        **dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+    dparts = join_tiles(x, tasks, w.numel() + len(dbias), dtiles, parts, across)
+    pointwise_conv_bwd_kernel[(tasks * dtiles + tiles * across,)](
+        *(dy, y, c, x, bn, beside, w, also, du, dbeside, table, dweight, dbias if bias else None, share(count)),
+        *(*dparts, *parts, chunk),
+        **sizes,
+        **dict(C_ROWS=0 if c is None else len(c), ACT=act, WIDE=_wide(x, dy, beside)),
+        **dict(BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=block_n, WEIGHT_N=weight_n, WEIGHT_K=weight_k, WEIGHT_M=weight_m),
+        **dict(num_warps=warps, num_stages=3),
     )
     return du, dweight, table, dbias, dbeside
 
@@ -277,14 +187,19 @@ def _wide(*images: Tensor | None) -> bool:
 # By size of a stored value: tiles [rows, columns], the values summed over at a time, and warps; the largest first.
 FORWARD = {2: ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
 HOLDING_MORE = {2: FORWARD[2][1:], 4: FORWARD[4]}  # means, or another input, would spill at the largest tile on sm_80
-BACKWARD = {2: ((64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
-DWEIGHT = {2: ((128, 64, 64, 8),), 4: ((64, 64, 16, 8),)}
+# Behind the tile of du that of the weight's gradient, [columns of y, columns of x, rows].
+BACKWARD = {
+    2: ((64, 128, 64, 128, 64, 64, 8), (64, 64, 64, 64, 64, 64, 4)),
+    4: ((64, 64, 32, 64, 64, 16, 8), (32, 32, 32, 32, 64, 16, 4)),
+}
 
 
-def _tile(kinds: dict, x: Tensor, rows: int, columns: int, depth: int) -> tuple[int, int, int, dict[str, int]]:
+def _largest(kinds: dict, x: Tensor, rows: int, columns: int) -> tuple[int, ...]:
     """The largest tile of which there are enough to fill a GPU. A function of the sizes alone: it decides the bits of sums."""
     table = kinds[x.element_size()]
-    enough = (t for t in table if triton.cdiv(rows, t[0]) * triton.cdiv(columns, t[1]) >= PROGRAMS)
-    *most, warps = next(enough, table[-1])
-    sizes = (max(_triton.power_of_2(n, m), 16) for n, m in zip((rows, columns, depth), most, strict=True))
-    return *sizes, {"num_warps": warps, "num_stages": 3}
+    return next((t for t in table if triton.cdiv(rows, t[0]) * triton.cdiv(columns, t[1]) >= PROGRAMS), table[-1])
+
+
+def _no_more(most: Sequence[int], *sizes: int) -> tuple[int, ...]:
+    """The blocks of a tile, of sizes that may be smaller"""
+    return tuple(max(_triton.power_of_2(n, m), 16) for n, m in zip(sizes, most, strict=True))

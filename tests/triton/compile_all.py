@@ -47,6 +47,7 @@ CONSTANTS = dict(ACT=1, WIDE=False, RESIDUAL=True, TAPS=5, STRIDE=1, UP=1, BLOCK
 CONSTANTS |= dict(AVERAGE=True, BIAS=False, C_ROWS=3, LOG_BETA1=-0.1, NEAR=True, DECAY=True, TERMS=False)
 CONSTANTS |= dict(BLOCK_M=32, BLOCK_C=64, BLOCK_K=32, BLOCK_T=32, BLOCK_N=8, BLOCK_W=16, BLOCK_H=16)
 JOIN = "parts_ptr", "tickets_ptr"
+TASKS = "dparts_ptr", "dtickets_ptr", "DTASKS", "DGROUP"  # several, of a weight's gradient
 NORM = {  # the normalisation that follows, a tuple; strides of 1 are constants
     **dict.fromkeys(("weight_ptr", "bias_ptr", "offset_ptr", "mean_ptr", "var_ptr"), "*fp32"),
     **{"batches_ptr": "*i64", "eps": "fp32", "rate": "fp32", "unbiased": "fp32"},
@@ -88,8 +89,7 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
         ("parts_ptr", "sums_ptr", "norm"),
         ("bn_ptr", *JOIN, "sums_ptr", "norm"),
     ],
-    "pointwise_conv_du_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr", "parts_ptr"), ("bn_ptr", "parts_ptr")],
-    "pointwise_conv_dweight_kernel": [("y_ptr", "c_ptr"), ("y_ptr", "c_ptr", "bn_ptr"), ("bn_ptr",)],
+    "pointwise_conv_bwd_kernel": [("y_ptr", "c_ptr"), ("bn_ptr", *JOIN), TASKS],
     "power_iteration_sweep_kernel": [("norms_ptr",), ("norms_ptr", "shares_ptr")],
     "power_iteration_finish_kernel": [("norms_ptr",)],
     "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr", "TASKS")],
@@ -112,21 +112,19 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "adamax_step_kernel": [("ema_ptr",), ("ema_ptr", "factor_ptr")],
 }
 PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
-    "pointwise_conv_fwd_kernel": (pointwise.FORWARD, "MNK"),
-    "pointwise_conv_du_kernel": (pointwise.BACKWARD, "MKN"),
-    "pointwise_conv_dweight_kernel": (pointwise.DWEIGHT, "NKM"),
-    "conv2d_fwd_kernel": (conv2d.TILES, "MNK"),
-    "conv2d_du_kernel": (conv2d.TILES, "MKN"),
-    "conv2d_dweight_kernel": (conv2d.DWEIGHT, "NKM"),
+    "pointwise_conv_fwd_kernel": (pointwise.FORWARD, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "pointwise_conv_bwd_kernel": (
+        pointwise.BACKWARD,
+        ("BLOCK_M", "BLOCK_K", "BLOCK_N", "WEIGHT_N", "WEIGHT_K", "WEIGHT_M"),
+    ),
+    "conv2d_fwd_kernel": (conv2d.TILES, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "conv2d_du_kernel": (conv2d.TILES, ("BLOCK_M", "BLOCK_K", "BLOCK_N")),
+    "conv2d_dweight_kernel": (conv2d.DWEIGHT, ("BLOCK_N", "BLOCK_K", "BLOCK_M")),
 }
 LARGEST = {("pointwise_conv_fwd_kernel", 128): ("sums_ptr", "beside_ptr")}  # what a launcher leaves out at its largest tile
 APART = {  # what is not there behind a normalisation, and what without one; all others leave nothing out
     "pointwise_conv_fwd_kernel": [("bias_ptr", "addend_ptr", "beside_ptr"), ("bn_ptr", "sums_ptr")],
-    "pointwise_conv_du_kernel": [
-        ("beside_ptr", "dbeside_ptr", "also_ptr", "bparts_ptr", "dbias_ptr"),
-        ("y_ptr", "c_ptr", "bn_ptr", *JOIN),
-    ],
-    "pointwise_conv_dweight_kernel": [("beside_ptr", "bparts_ptr"), ("y_ptr", "c_ptr", "bn_ptr")],
+    "pointwise_conv_bwd_kernel": [("beside_ptr", "dbeside_ptr", "also_ptr", "dbias_ptr"), ("y_ptr", "c_ptr", "bn_ptr", *JOIN)],
 }
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
@@ -165,11 +163,7 @@ def tiles(name: str, storage: str) -> list[dict]:
         return next((found for prefix, found in LAYOUTS.items() if name.startswith(prefix)), others)
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
-    options = "num_warps", "num_stages"
-    found = [
-        fixed | {f"BLOCK_{n}": size for n, size in zip(order, row, strict=False)} | dict(zip(options, row[3:], strict=False))
-        for row in rows
-    ]
+    found = [fixed | dict(zip((*order, "num_warps", "num_stages"), row, strict=False)) for row in rows]
     return [found[0] | values for values in OTHERS.get(name, [])] + found
 
 

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -89,6 +90,22 @@ def check(triton_on_cpu, within_budget) -> Callable[..., None]:
                 raise AssertionError(f"{name}: {problem}") from None
 
     return check
+
+
+@pytest.fixture
+def shuffle(triton_on_cpu, monkeypatch) -> Callable[[Callable[[int], Sequence[int]]], None]:
+    """shuffle(order): the programs of a launch along its first axis run as order(how many) lists them."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    run = interpreter_builder.set_grid_idx
+
+    def shuffle(order: Callable[[int], Sequence[int]]) -> None:
+        orders = cache(order)
+        monkeypatch.setattr(
+            interpreter_builder, "set_grid_idx", lambda x, y, z: run(orders(interpreter_builder.grid_dim[0])[x], y, z)
+        )
+
+    return shuffle
 
 
 QUIET = {"detach", "alias", "view", "_unsafe_view", "as_strided", "select", "slice", "expand", "t", "transpose", "permute",
