@@ -16,7 +16,9 @@ from norms import (
     pointwise,
     se_tensors,
     tensor,
+    with_all,
 )
+from pointwise_parts import tensors as pointwise_tensors
 from torch import Tensor
 
 from nvae_fast import functional as F
@@ -78,23 +80,30 @@ def check_followed(name: str, args: tuple, i: int, *, weight=True, bias=True, of
     return found[i]
 
 
-def check_next_norm(impl: str, consumer_impl: str, op: str, **options) -> None:
-    """se_residual(next_norm=...) and the op behind it: the numbers, gradients and buffers of the two without it."""
-    tensors, behind = se_tensors(2, 6, 5, 4), {
+PRODUCERS = {  # of an image of 6 channels: a call of its tensors, and those
+    "se": (lambda t, **options: F.se_residual(*t, **options), se_tensors(2, 6, 5, 4)),
+    "pointwise": (lambda t, impl, **options: with_all(t, [], impl, **options), pointwise_tensors(2, 9, 5, 6, 5, 4)),
+}
+
+
+def check_next_norm(impl: str, consumer_impl: str, op: str, producer: str = "se", **options) -> None:
+    """An op that is told of the next norm and the op behind it: the numbers, gradients and buffers of the two without it."""
+    make, tensors = PRODUCERS[producer]
+    behind = {
         "bn_act": (bn_act, []),
         "dense": (dense, [tensor(4, 6, 3, 3)]),
         "pointwise": (pointwise, [tensor(4, 6, 1, 1)]),
         "depthwise": (depthwise, [tensor(6, 1, 3, 3)]),
         "branch": (branch, branch_tensors(2, 6, 8, 5, 5, 4)[1:]),
-    }[op]  # fmt: skip
+    }[op]
     norms = branch_norms(6, 8, 5) if op == "branch" else [norm(6)]
     norms[0] = norms[0]._replace(offset=tensor(6), **options)
 
     def call(t, n, told):
         handed = n[0] if told else None
-        y, stats = F.se_residual(*t[:6], return_stats=True, next_norm=handed, impl=impl)
+        y, stats = make(t[: len(tensors)], return_stats=True, next_norm=handed, impl=impl)
         assert stats is None or len(stats) == (5 if told and not options else 2)
-        return behind[0]([y, *t[6:]], [n[0]._replace(stats=stats), *n[1:]], consumer_impl)
+        return behind[0]([y, *t[len(tensors) :]], [n[0]._replace(stats=stats), *n[1:]], consumer_impl)
 
     apart, told = (outcome(call, [*tensors, *behind[1]], norms, told) for told in (False, True))
     assert told["count0"] == 3 + norms[0].training

@@ -174,6 +174,11 @@ def pointwise(t, n, impl, act="swish", **options):
     return F.pointwise_conv(t[0], t[1], norm=n[0] if n else None, act=act if n else "identity", impl=impl, **options)
 
 
+def with_all(t, n, impl, **options):
+    """Of x, weight, bias, what stands beside x, what is added to y."""
+    return F.pointwise_conv(*t[:3], beside=t[3], addend=t[4], act="elu", impl=impl, **options)
+
+
 def depthwise(t, n, impl, act="swish", **options):
     return F.depthwise_conv(t[0], t[1], norm=n[0] if n else None, act=act if n else "identity", impl=impl, **options)
 
@@ -249,6 +254,11 @@ def cases(batch: int = 2) -> dict[str, tuple[Call, list[Tensor], list[F.Norm]]]:
         "bn_act eval": (bn_act, [x], [norm(20, training=False)]),
         "pointwise": (pointwise, [x, tensor(9, 20, 1, 1)], [norm(20)]),
         "pointwise plain": (pointwise, [x, tensor(9, 20, 1, 1)], []),
+        "pointwise with all": (
+            skipping(with_all),
+            [x, tensor(20, 25, 1, 1, scale=0.2), tensor(20), image(batch, 5, 7, 5, seed=1), tensor(batch, 20, 7, 5, seed=2)],
+            [],
+        ),
         "depthwise": (depthwise, [x, w], [norm(20)]),
         "depthwise plain": (depthwise, [x, w], []),
         "depthwise stride 2": (lambda t, n, i: depthwise(t, n, i, stride=2), [x, w], [norm(20)]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from followings import RAW, WAYS, calls, check_followed, check_next_norm
+from followings import PRODUCERS, RAW, WAYS, calls, check_followed, check_next_norm
 from norms import copied, needs_native, norm, se_tensors, tensor
 
 from nvae_fast import functional as F
@@ -36,19 +36,26 @@ def test_parts_that_do_not_fit_are_refused(op):
 
 @pytest.mark.parametrize("behind", ["cpu", "reference"])
 @pytest.mark.parametrize("op", ["bn_act", "dense", "pointwise", "depthwise", "branch"])
-def test_a_normalisation_is_handed_on_once(op, behind):
-    check_next_norm("cpu", behind, op)
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_a_normalisation_is_handed_on_once(producer, op, behind):
+    check_next_norm("cpu", behind, op, producer)
 
 
 @pytest.mark.parametrize("options", [dict(momentum=None), dict(training=False)], ids=str)
-def test_what_is_averaged_or_fixed_is_left_to_the_op_behind(options):
-    check_next_norm("cpu", "cpu", "dense", **options)
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_what_is_averaged_or_fixed_is_left_to_the_op_behind(producer, options):
+    check_next_norm("cpu", "cpu", "dense", producer, **options)
 
 
 def test_a_next_norm_that_does_not_fit_is_refused():
     args, n = se_tensors(2, 6, 5, 4), norm(6)
     with pytest.raises(ValueError, match=r"weight of shape \(5,\): expected \(6,\)"):
         F.se_residual(*args, next_norm=n._replace(weight=tensor(5)))
+    w = tensor(6, 6, 1, 1)
+    with pytest.raises(ValueError, match=r"weight of shape \(5,\): expected \(6,\)"):
+        F.pointwise_conv(args[0], w, return_stats=True, next_norm=n._replace(weight=tensor(5)))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        F.pointwise_conv(args[0][:1, :, :1, :1], w, return_stats=True, next_norm=n)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         F.se_residual(*(t[:1, :, :1, :1] for t in args[:2]), *args[2:], next_norm=n)
     assert n.num_batches_tracked == 3

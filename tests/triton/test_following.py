@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from followings import RAW, WAYS, calls, check_followed, check_next_norm
+from followings import PRODUCERS, RAW, WAYS, calls, check_followed, check_next_norm
 from norms import NATIVE, tensor
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -72,5 +72,6 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("op", ["bn_act", "pointwise"])
-def test_a_normalisation_is_handed_on_once(op):
-    check_next_norm("triton", "triton", op)
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_a_normalisation_is_handed_on_once(producer, op):
+    check_next_norm("triton", "triton", op, producer)

@@ -12,7 +12,8 @@ from nvae_fast.kernels import _triton
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from nvae_fast.kernels._join import arrive, join, join_sums, joined_stats, joined_sums  # noqa: E402
+from nvae_fast.kernels import _join  # noqa: E402
+from nvae_fast.kernels._join import arrive, join, join_sums, join_tile, join_tiles, joined_stats, joined_sums  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 ROWS = 7  # of a task
@@ -89,6 +90,44 @@ def test_nan_stays_in_its_channel_and_an_equal_channel_has_no_negative_variance(
             [False, stats, *[False] * 3],
         ]
     assert joined(x, parts, True, torch.arange(20))[1, 2] == 0
+
+
+@triton.jit
+def tiles_in_any_order_kernel(from_ptr, order_ptr, out_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, N, K, PITCH, SIZE,
+                              ROWS: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Program i does task order[i], for a tile of ROWS rows, where `from` has what the task finds."""
+    task, tile, k = tl.load(order_ptr + tl.program_id(0)), tl.program_id(1), tl.arange(0, BLOCK_K)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    at, inside = task * SIZE + n[:, None] * PITCH + k[None, :], (n < N)[:, None] & (k < K)[None, :]
+    tl.store(parts_ptr + at, tl.load(from_ptr + at, mask=inside), mask=inside)
+    join_tile(parts_ptr, tickets_ptr, out_ptr, task, tile, tile * ROWS, k, N, K, PITCH, SIZE, TASKS, GROUP, ROWS)
+
+
+@pytest.mark.parametrize(("tasks", "group"), [(3, 8), (7, 3), (9, 3)])
+def test_the_last_program_joins_a_tile_in_the_order_of_its_tasks(monkeypatch, tasks, group):
+    """Of numbers whose sum depends on the order, in float64 as well."""
+    n, k, pitch, taken = 6, 5, 7, 33
+    for name, value in (("VALUES", tl.constexpr(16)), ("AHEAD", tl.constexpr(2))):  # two rows of two tasks at a time
+        monkeypatch.setattr(_join, name, value)
+    values = torch.randn(tasks, n * pitch, generator=torch.Generator().manual_seed(tasks))
+    values[0], values[2] = 2.0**60, -(2.0**60)
+    ordered = [sum(g.double(), torch.zeros(())).float() for g in values.split(group)]
+    ordered = sum(torch.stack(ordered).double(), torch.zeros(())).float() if len(ordered) > 1 else ordered[0]
+    before = join(torch.empty(0), 1, 4, 1)
+    for order in (torch.arange(tasks), torch.arange(tasks).flip(0), torch.randperm(tasks)):
+        given = join_tiles(torch.empty(0), tasks, n * pitch, 2, before, 1)._replace(GROUP=group)
+        given = given._replace(parts=torch.full((2 * tasks, n * pitch), torch.nan))
+        out = torch.full((n, pitch), torch.nan)
+        tiles_in_any_order_kernel[(tasks, 2)](values, order, out, *given, n, k, pitch, n * pitch, ROWS=4, BLOCK_K=8)
+        assert torch.equal(out[:, :k], ordered.view(n, pitch)[:, :k]) and out[:, k:].isnan().all()
+        assert not before.tickets.any() and given.tickets.data_ptr() == before.tickets[taken:].data_ptr()
+
+
+def test_a_task_has_a_part_and_so_has_a_group_of_several():
+    for tasks, group, groups in ((2, 8, 0), (8, 8, 0), (9, 8, 2), (128, 8, 16), (300, 10, 30)):
+        found = join_tiles(torch.empty(0), tasks, 5, 3, _join.NO_JOIN, 4)
+        assert (found.TASKS, found.GROUP, found.parts.shape) == (tasks, group, (tasks + groups, 5))
+    assert join_tiles(torch.empty(0), 1, 5, 3, _join.NO_JOIN, 4)[:2] == (None, None)
 
 
 @triton.jit
