@@ -73,4 +73,6 @@ def plain(model: nn.Module) -> nn.Module:
     """`model` without the rewrites of its modules, in place: the same parameters, the same numbers to rounding."""
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
+    for sampler in getattr(model, "enc_sampler", ()):
+        sampler.adds_bias = True
     return model

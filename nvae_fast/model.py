@@ -73,7 +73,8 @@ class NVAE(ModelFiles, nn.Module):
         scale_of_group = [s for s in reversed(range(c.num_latent_scales)) for _ in range(c.groups_per_scale[s])]
         z = c.num_latent_per_group
         self.enc_sampler = nn.ModuleList(
-            WeightNormConv2d(enc * 2 ** (c.num_preprocess_blocks + s), 2 * z, 3, padding=1) for s in scale_of_group
+            WeightNormConv2d(enc * 2 ** (c.num_preprocess_blocks + s), 2 * z, 3, padding=1, adds_bias=False)
+            for s in scale_of_group
         )
         self.dec_sampler = nn.ModuleList(EluConv(dec * 2 ** (c.num_preprocess_blocks + s), 2 * z) for s in scale_of_group[1:])
         self.nf_cells = nn.ModuleList(FlowCell(z) for _ in range(len(scale_of_group) * c.num_nf))
@@ -143,16 +144,15 @@ class NVAE(ModelFiles, nn.Module):
         kl, log_q, log_p = [], [], []
 
         def posterior(i: int, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            f, prior = features[0], None
+            sampler, f, prior = self.enc_sampler[i], features[0], None
             if h is not None:
                 f, h = combiners[i - 1](features[i], h, return_x=True)
                 prior, h = self.dec_sampler[i - 1](h, return_x=True)
             cells = self.nf_cells[i * self.config.num_nf : (i + 1) * self.config.num_nf]
             flow = partial(run_flow, cells) if cells else None
-            out = F.latent_group(self.enc_sampler[i](f), prior, noise[i], flow=flow, residual=self.config.res_dist)
-            kl.append(out.kl)
-            log_q.append(out.log_q)
-            log_p.append(out.log_p)
+            out = F.latent_group(sampler(f), prior, noise[i], bias=sampler.left_bias, flow=flow, residual=self.config.res_dist)
+            for kept, of_group in zip((kl, log_q, log_p), out[1:], strict=True):
+                kept.append(of_group)
             if latents is not None:
                 latents.append(out.z)
             return out.z, h

@@ -10,6 +10,7 @@ constexpr int kWidth = kTile / kLanes;  // channels
 
 struct Inputs {
   const float *mu_q, *log_sigma_q, *mu_p, *log_sigma_p, *noise;  // mu_p null: the prior is Normal(0, 0)
+  const float *bias_mu, *bias_log_sigma;                         // added to mu_q and log_sigma_q
   int n;                                                         // a multiple of kLanes
   bool residual;
 };

@@ -8,6 +8,7 @@
 #include <ATen/ops/sub.h>
 
 #include <algorithm>
+#include <array>
 
 #include "common/isa.h"
 #include "common/math.h"
@@ -26,98 +27,64 @@ struct Parameters {
   Image<const T> mu_q, log_sigma_q, mu_p, log_sigma_p;
   Image<const float> noise;
   bool residual;
+  MaybeTensor bias[2];  // its halves as [B, Z], each element of the batch the same
 
-  Inputs read(const Tile& tile, Scratch scratch) const {
+  Parameters(const Tensor& mu_q, const Tensor& log_sigma_q, const MaybeTensor& mu_p, const MaybeTensor& log_sigma_p,
+             const Tensor& noise, bool residual, const MaybeTensor& bias)
+      : mu_q(mu_q), log_sigma_q(log_sigma_q), mu_p(mu_p), log_sigma_p(log_sigma_p), noise(noise), residual(residual) {
+    const int64_t batch = mu_q.size(0), channels = mu_q.size(1);
+    for (int k = 0; bias && k < 2; k++) this->bias[k] = bias->narrow(0, k * channels, channels).expand({batch, channels});
+  }
+
+  Inputs read(const Tile& tile, Scratch scratch, const Rows<2>& added) const {
     return {load(mu_q, tile, scratch[0]), load(log_sigma_q, tile, scratch[1]), load(mu_p, tile, scratch[2]),
-            load(log_sigma_p, tile, scratch[3]), load(noise, tile, scratch[4]), tile.padded(), residual};
+            load(log_sigma_p, tile, scratch[3]), load(noise, tile, scratch[4]), added[0], added[1], tile.padded(), residual};
   }
 };
-
-// sums[k] [B, Z] = the sums over space of terms[k], where f(tile, scratch, terms) leaves those of a tile's elements.
-template <int N, typename F>
-void sum_rows(const Plan& plan, const Tensor (&sums)[N], const F& f) {
-  const auto add = NVAE_SELECT(add_tile);
-  const auto join = NVAE_SELECT(join_lanes);
-  const int64_t rows = plan.batch * plan.channels;
-  // Sums by block; with one block they are the results.
-  Tensor parts[N];
-  float* part[N];
-  for (int k = 0; k < N; k++) {
-    parts[k] = plan.blocks == 1 ? sums[k] : at::empty({plan.blocks, rows}, sums[k].options());
-    part[k] = parts[k].template data_ptr<float>();
-  }
-  plan.run([&](int64_t block, const Tile& task, Scratch scratch) {
-    alignas(64) float lanes[N][kTile], terms[N][kTile];
-    for (float* row : lanes) std::fill_n(row, kLanes * task.width, 0.0f);
-    plan.tiles(task, [&](const Tile& tile) {
-      f(tile, scratch, terms);
-      for (int k = 0; k < N; k++) {
-        std::fill(terms[k] + tile.size(), terms[k] + tile.padded(), 0.0f);
-        add(terms[k], tile.size(), tile.width, lanes[k]);
-      }
-    });
-    for (int k = 0; k < N; k++) {
-      join(lanes[k], task.width);
-      std::copy_n(lanes[k], task.width, part[k] + block * rows + task.b * plan.channels + task.channel);
-    }
-  });
-  if (plan.blocks == 1) return;
-  for (int k = 0; k < N; k++) {
-    float* to = sums[k].template data_ptr<float>();
-    for (int64_t i = 0; i < rows; i++) {
-      double sum = 0.0;
-      for (int64_t block = 0; block < plan.blocks; block++) sum += part[k][block * rows + i];
-      to[i] = static_cast<float>(sum);
-    }
-  }
-}
-
-alignas(64) const float kZeros[kTile] = {};
-
-// For each element of a tile of the task, that of its row in sums [B, Z]; zeros where there is none.
-const float* of_rows(const MaybeTensor& sums, const Plan& plan, const Tile& task, float* scratch) {
-  if (!sums) return kZeros;
-  const float* from = sums->const_data_ptr<float>() + task.b * sums->stride(0) + task.channel * sums->stride(1);
-  const int64_t pixels = std::min({plan.area, int64_t{kBlock}, int64_t{kWidth / task.width * kLanes}});
-  if (task.width == 1) std::fill_n(scratch, pixels, *from);
-  else
-    for (int c = 0; c < task.width; c++)
-      for (int64_t i = 0; i < pixels; i++) scratch[i * task.width + c] = from[c * sums->stride(1)];
-  return scratch;
-}
 
 template <typename T>
 void forward(const Parameters<T>& in, const Tensor& z, const Tensor (&sums)[3]) {
   const auto run = NVAE_SELECT(forward_tile);
   const Image<T> out(z);
-  sum_rows(Plan(z), sums, [&](const Tile& tile, Scratch scratch, Scratch terms) {
+  const Plan plan(z);
+  const auto added = [&](const Tile& task, Scratch scratch) { return of_rows(in.bias, plan, task, scratch, 6); };
+  sum_rows(plan, sums, added, [&](const Tile& tile, Scratch scratch, const Rows<2>& bias, float** terms) {
     const Outputs o{target(out, tile, scratch[5]), terms[0], terms[1], terms[2]};
-    run(in.read(tile, scratch), o);
+    run(in.read(tile, scratch, bias), o);
     store(out, tile, o.z);
   });
 }
 
-// `also`: what reaches the prior from elsewhere.
+// `also`: what reaches the prior from elsewhere. dbias: where to put the sums [B, Z] of the first two outputs, if anywhere.
 template <typename T>
 void backward(const Parameters<T>& in, const MaybeTensor& dz, const MaybeTensor (&sums)[3], const MaybeTensor (&also)[2],
-              const Tensor (&outputs)[4]) {
+              const Tensor (&outputs)[4], const Tensor (&dbias)[2]) {
   const auto run = NVAE_SELECT(backward_tile);
   const Plan plan(outputs[0]);
   const Image<const T> dz_image(dz), also_image[2] = {Image<const T>(also[0]), Image<const T>(also[1])};
   Image<T> out[4];
   for (int k = 0; k < 4; k++)
     if (outputs[k].defined()) out[k] = Image<T>(outputs[k]);
-  plan.run([&](int64_t, const Tile& task, Scratch scratch) {
-    const float* rows[3];
-    for (int k = 0; k < 3; k++) rows[k] = of_rows(sums[k], plan, task, scratch[6 + k]);
-    plan.tiles(task, [&](const Tile& tile) {
+  const MaybeTensor given[5] = {sums[0], sums[1], sums[2], in.bias[0], in.bias[1]};
+  const auto rows_of = [&](const Tile& task, Scratch scratch) { return of_rows(given, plan, task, scratch, 6); };
+  const auto of_tile = [&](const Tile& tile, Scratch scratch, const Rows<5>& rows, float** to) {
+    for (int k = 0; k < 4; k++) to[k] = target(out[k], tile, scratch[11 + k]);
+    run(in.read(tile, scratch, {rows[3], rows[4]}),
+        {dz ? load(dz_image, tile, scratch[5]) : kZeros, rows[0], rows[1], rows[2], load(also_image[0], tile, scratch[15]),
+         load(also_image[1], tile, scratch[16]), to[0], to[1], to[2], to[3]});
+    for (int k = 0; k < 4; k++) store(out[k], tile, to[k]);
+  };
+  if (dbias[0].defined()) {
+    return sum_rows(plan, dbias, rows_of, [&](const Tile& tile, Scratch scratch, const Rows<5>& rows, float** terms) {
       float* to[4];
-      for (int k = 0; k < 4; k++) to[k] = target(out[k], tile, scratch[9 + k]);
-      run(in.read(tile, scratch),
-          {dz ? load(dz_image, tile, scratch[5]) : kZeros, rows[0], rows[1], rows[2], load(also_image[0], tile, scratch[13]),
-           load(also_image[1], tile, scratch[14]), to[0], to[1], to[2], to[3]});
-      for (int k = 0; k < 4; k++) store(out[k], tile, to[k]);
+      of_tile(tile, scratch, rows, to);
+      std::copy_n(to, 2, terms);
     });
+  }
+  plan.run([&](int64_t, const Tile& task, Scratch scratch) {
+    const Rows<5> rows = rows_of(task, scratch);
+    float* to[4];
+    plan.tiles(task, [&](const Tile& tile) { of_tile(tile, scratch, rows, to); });
   });
 }
 
@@ -139,8 +106,7 @@ void log_prob_backward(const Density<T>& in, const MaybeTensor (&sums)[2], const
   for (int k = 0; k < 3; k++)
     if (outputs[k].defined()) out[k] = Image<T>(outputs[k]);
   plan.run([&](int64_t, const Tile& task, Scratch scratch) {
-    const float* rows[2];
-    for (int k = 0; k < 2; k++) rows[k] = of_rows(sums[k], plan, task, scratch[6 + k]);
+    const Rows<2> rows = of_rows(sums, plan, task, scratch, 6);
     plan.tiles(task, [&](const Tile& tile) {
       float* to[3];
       for (int k = 0; k < 3; k++) to[k] = target(out[k], tile, scratch[9 + k]);
@@ -178,13 +144,16 @@ void check(const Tensor& model, const MaybeTensor& t, at::ScalarType dtype) {
 }
 
 void check_parameters(const Tensor& mu_q, const Tensor& log_sigma_q, const MaybeTensor& mu_p,
-                      const MaybeTensor& log_sigma_p, const Tensor& noise) {
+                      const MaybeTensor& log_sigma_p, const Tensor& noise, const MaybeTensor& bias) {
   TORCH_CHECK(mu_q.dim() == 4, "residual_normal takes [B, Z, h, w], not ", mu_q.sizes());
   TORCH_CHECK(mu_p.has_value() == log_sigma_p.has_value(), "residual_normal takes both mu_p and log_sigma_p, or neither");
   check(mu_q, log_sigma_q, mu_q.scalar_type());
   check(mu_q, mu_p, mu_q.scalar_type());
   check(mu_q, log_sigma_p, mu_q.scalar_type());
   check(mu_q, noise, at::kFloat);
+  const bool fits = !bias || (bias->dim() == 1 && bias->size(0) == 2 * mu_q.size(1) && bias->scalar_type() == at::kFloat);
+  TORCH_CHECK(fits && (!bias || bias->device().is_cpu()), "residual_normal: bias has shape ", bias->sizes(), " and type ",
+              bias->scalar_type(), "; expected float32 [", 2 * mu_q.size(1), "] on the CPU");
 }
 
 void check_density(const Tensor& z, const MaybeTensor& mu, const MaybeTensor& log_sigma) {
@@ -197,17 +166,32 @@ void check_density(const Tensor& z, const MaybeTensor& mu, const MaybeTensor& lo
 // Float sums [B, Z].
 Tensor empty_sums(const Tensor& like) { return at::empty({like.size(0), like.size(1)}, like.options().dtype(at::kFloat)); }
 
+// [2 Z] of two [B, Z].
+Tensor sum_over_batch(const Tensor (&sums)[2]) {
+  const int64_t batch = sums[0].size(0), channels = sums[0].size(1);
+  const Tensor found = at::empty({2 * channels}, sums[0].options());
+  float* to = found.data_ptr<float>();
+  for (const Tensor& rows : sums) {
+    const float* from = rows.const_data_ptr<float>();
+    for (int64_t c = 0; c < channels; c++) {
+      double sum = 0.0;
+      for (int64_t b = 0; b < batch; b++) sum += from[b * channels + c];
+      *to++ = static_cast<float>(sum);
+    }
+  }
+  return found;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& mu_q, const Tensor& log_sigma_q,
                                                        const MaybeTensor& mu_p, const MaybeTensor& log_sigma_p,
-                                                       const Tensor& noise, bool residual) {
-  check_parameters(mu_q, log_sigma_q, mu_p, log_sigma_p, noise);
+                                                       const Tensor& noise, bool residual, const MaybeTensor& bias) {
+  check_parameters(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, bias);
   const Tensor z = at::empty_like(mu_q), sums[3] = {empty_sums(mu_q), empty_sums(mu_q), empty_sums(mu_q)};
   with_dtype(mu_q, [&](auto tag) {
     using T = decltype(tag);
-    forward(Parameters<T>{Image<const T>(mu_q), Image<const T>(log_sigma_q), Image<const T>(mu_p),
-                          Image<const T>(log_sigma_p), Image<const float>(noise), residual},
+    forward(Parameters<T>(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, residual, bias),
             z, sums);
   });
   return {z, sums[0], sums[1], sums[2]};
@@ -216,8 +200,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& mu_q, const
 std::vector<Tensor> backward_cpu(const MaybeTensor& dz, const MaybeTensor& dkl, const MaybeTensor& dlog_q,
                                  const MaybeTensor& dlog_p, const MaybeTensor& dmu_p, const MaybeTensor& dlog_sigma_p,
                                  const Tensor& mu_q, const Tensor& log_sigma_q, const MaybeTensor& mu_p,
-                                 const MaybeTensor& log_sigma_p, const Tensor& noise, bool residual, bool joined) {
-  check_parameters(mu_q, log_sigma_q, mu_p, log_sigma_p, noise);
+                                 const MaybeTensor& log_sigma_p, const Tensor& noise, bool residual, bool joined,
+                                 const MaybeTensor& bias) {
+  check_parameters(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, bias);
   check(mu_q, dz, mu_q.scalar_type());
   TORCH_CHECK(dmu_p.has_value() == dlog_sigma_p.has_value() && (!dmu_p || mu_p),
               "residual_normal takes both dmu_p and dlog_sigma_p, with a prior, or neither");
@@ -228,12 +213,15 @@ std::vector<Tensor> backward_cpu(const MaybeTensor& dz, const MaybeTensor& dkl, 
   add_pair(found, grads, mu_q, log_sigma_q, joined);
   add_pair(found, grads + 2, mu_p, log_sigma_p, joined);
   const MaybeTensor sums[3] = {dkl, dlog_q, dlog_p}, also[2] = {dmu_p, dlog_sigma_p};
+  Tensor of_bias[2];
+  if (bias)
+    for (Tensor& t : of_bias) t = empty_sums(mu_q);
   with_dtype(mu_q, [&](auto tag) {
     using T = decltype(tag);
-    backward(Parameters<T>{Image<const T>(mu_q), Image<const T>(log_sigma_q), Image<const T>(mu_p),
-                           Image<const T>(log_sigma_p), Image<const float>(noise), residual},
-             dz, sums, also, grads);
+    backward(Parameters<T>(mu_q, log_sigma_q, mu_p, log_sigma_p, noise, residual, bias),
+             dz, sums, also, grads, of_bias);
   });
+  if (bias) found.push_back(sum_over_batch(of_bias));
   return found;
 }
 
@@ -245,7 +233,9 @@ std::vector<Tensor> log_prob_forward_cpu(const Tensor& z, const MaybeTensor& mu,
   with_dtype(z, [&](auto tag) {
     using T = decltype(tag);
     const Density<T> in{Image<const T>(z), Image<const T>(mu), Image<const T>(log_sigma)};
-    sum_rows(Plan(z), sums, [&](const Tile& tile, Scratch scratch, Scratch terms) { run(in.read(tile, scratch), terms[0]); });
+    const auto nothing = [](const Tile&, Scratch) { return 0; };
+    sum_rows(Plan(z), sums, nothing,
+             [&](const Tile& tile, Scratch scratch, int, float** terms) { run(in.read(tile, scratch), terms[0]); });
   });
   if (!log_q) return {sums[0]};
   return {sums[0], at::sub(*log_q, sums[0])};

@@ -25,14 +25,15 @@ NVAE_INLINE Clamp soft_clamp(float a) {
 // looks ahead, so that one loop would wait for it. Whole vectors only (n is a multiple of kLanes): an element's bits do not
 // depend on its place. Every pointer is a local variable: GCC does not vectorise one that it must read from a struct each time.
 
-// c5 and its slope, at a or a + b.
-template <bool SUM, bool SLOPE>
-void clamps(const float* a, const float* b, int n, float* __restrict value, float* __restrict slope) {
+// c5 and its slope at the sum of COUNT terms, the later ones first.
+template <int COUNT, bool SLOPE>
+void clamps(const float* a, const float* b, const float* c, int n, float* __restrict value, float* __restrict slope) {
 #pragma omp simd
   for (int i = 0; i < n; i++) {
-    const Clamp c = soft_clamp(SUM ? b[i] + a[i] : a[i]);
-    value[i] = c.value;
-    if (SLOPE) slope[i] = c.slope;
+    const float last = COUNT == 1 ? a[i] : b[i] + a[i];
+    const Clamp found = soft_clamp(COUNT == 3 ? c[i] + last : last);
+    value[i] = found.value;
+    if (SLOPE) slope[i] = found.slope;
   }
 }
 
@@ -53,16 +54,17 @@ struct Normal {
 
 template <bool SLOPES>
 void normal(const float* mu, const float* log_sigma, int n, Normal& to) {
-  clamps<false, SLOPES>(mu, nullptr, n, to.mu, to.dmu);
-  clamps<false, SLOPES>(log_sigma, nullptr, n, to.sigma, to.dsigma);
+  clamps<1, SLOPES>(mu, nullptr, nullptr, n, to.mu, to.dmu);
+  clamps<1, SLOPES>(log_sigma, nullptr, nullptr, n, to.sigma, to.dsigma);
   sigmas<SLOPES>(n, to.sigma, to.dsigma);
 }
 
 // PRIOR: 0 none given, hence Normal(0, 0); 1 given; 2 given, and q is relative to it.
 template <int PRIOR, bool SLOPES>
 void normals(const Inputs& in, Normal& q, Normal& p) {
-  clamps<PRIOR == 2, SLOPES>(in.mu_q, in.mu_p, in.n, q.mu, q.dmu);
-  clamps<PRIOR == 2, SLOPES>(in.log_sigma_q, in.log_sigma_p, in.n, q.sigma, q.dsigma);
+  constexpr int kTerms = PRIOR == 2 ? 3 : 2;
+  clamps<kTerms, SLOPES>(in.mu_q, in.bias_mu, in.mu_p, in.n, q.mu, q.dmu);
+  clamps<kTerms, SLOPES>(in.log_sigma_q, in.bias_log_sigma, in.log_sigma_p, in.n, q.sigma, q.dsigma);
   sigmas<SLOPES>(in.n, q.sigma, q.dsigma);
   if (PRIOR) normal<SLOPES>(in.mu_p, in.log_sigma_p, in.n, p);
 }

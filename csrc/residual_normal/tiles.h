@@ -1,5 +1,5 @@
-// Tiles of [B, Z, h, w] tensors of any strides as float arrays, and the order of the work. Included inside an anonymous
-// namespace, after the kernels (common/each_isa.h).
+// Tiles of [B, Z, h, w] tensors of any strides as float arrays, the order of the work, and sums over rows. Included inside an
+// anonymous namespace, after the kernels (common/each_isa.h).
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
@@ -113,7 +113,7 @@ struct Plan {
   void run(const F& f) const {
     const int64_t grain = std::max<int64_t>(1, 4096 / (width * std::clamp<int64_t>(area, 1, kBlock)));
     at::parallel_for(0, batch * groups * blocks, grain, [&](int64_t begin, int64_t end) {
-      alignas(64) float scratch[15][kTile];
+      alignas(64) float scratch[17][kTile];
       for (int64_t i = begin; i < end; i++) {
         const int64_t block = i % blocks, channel = i / blocks % groups * width;
         f(block, Tile{i / blocks / groups, channel, block * kBlock, static_cast<int>(std::min(width, channels - channel)), 0}, scratch);
@@ -131,3 +131,71 @@ struct Plan {
     }
   }
 };
+
+alignas(64) const float kZeros[kTile] = {};
+
+// For each element of a tile of the task, that of its row in sums [B, Z]; zeros where there is none.
+const float* of_rows(const MaybeTensor& sums, const Plan& plan, const Tile& task, float* scratch) {
+  if (!sums) return kZeros;
+  const float* from = sums->const_data_ptr<float>() + task.b * sums->stride(0) + task.channel * sums->stride(1);
+  const int64_t pixels = std::min({plan.area, int64_t{kBlock}, int64_t{kWidth / task.width * kLanes}});
+  if (task.width == 1) std::fill_n(scratch, pixels, *from);
+  else
+    for (int c = 0; c < task.width; c++)
+      for (int64_t i = 0; i < pixels; i++) scratch[i * task.width + c] = from[c * sums->stride(1)];
+  return scratch;
+}
+
+template <int N>
+using Rows = std::array<const float*, N>;
+
+// Those of some sums, in scratches from `first` on.
+template <int N>
+Rows<N> of_rows(const MaybeTensor (&sums)[N], const Plan& plan, const Tile& task, Scratch scratch, int first) {
+  Rows<N> found;
+  for (int k = 0; k < N; k++) found[k] = of_rows(sums[k], plan, task, scratch[first + k]);
+  return found;
+}
+
+// sums[k] [B, Z] = the sums over space of terms[k], where f(tile, scratch, rows, terms) leaves those of a tile's elements; or
+// puts a pointer to them, with room for whole vectors. rows: what `of(task, scratch)` returns.
+template <int N, typename G, typename F>
+void sum_rows(const Plan& plan, const Tensor (&sums)[N], const G& of, const F& f) {
+  const auto add = NVAE_SELECT(add_tile);
+  const auto join = NVAE_SELECT(join_lanes);
+  const int64_t rows = plan.batch * plan.channels;
+  // Sums by block; with one block they are the results.
+  Tensor parts[N];
+  float* part[N];
+  for (int k = 0; k < N; k++) {
+    parts[k] = plan.blocks == 1 ? sums[k] : at::empty({plan.blocks, rows}, sums[k].options());
+    part[k] = parts[k].template data_ptr<float>();
+  }
+  plan.run([&](int64_t block, const Tile& task, Scratch scratch) {
+    alignas(64) float lanes[N][kTile], space[N][kTile];
+    for (float* row : lanes) std::fill_n(row, kLanes * task.width, 0.0f);
+    const auto rows_of_task = of(task, scratch);
+    plan.tiles(task, [&](const Tile& tile) {
+      float* terms[N];
+      for (int k = 0; k < N; k++) terms[k] = space[k];
+      f(tile, scratch, rows_of_task, terms);
+      for (int k = 0; k < N; k++) {
+        std::fill(terms[k] + tile.size(), terms[k] + tile.padded(), 0.0f);
+        add(terms[k], tile.size(), tile.width, lanes[k]);
+      }
+    });
+    for (int k = 0; k < N; k++) {
+      join(lanes[k], task.width);
+      std::copy_n(lanes[k], task.width, part[k] + block * rows + task.b * plan.channels + task.channel);
+    }
+  });
+  if (plan.blocks == 1) return;
+  for (int k = 0; k < N; k++) {
+    float* to = sums[k].template data_ptr<float>();
+    for (int64_t i = 0; i < rows; i++) {
+      double sum = 0.0;
+      for (int64_t block = 0; block < plan.blocks; block++) sum += part[k][block * rows + i];
+      to[i] = static_cast<float>(sum);
+    }
+  }
+}

@@ -114,10 +114,10 @@ def normal_log_prob_fwd(z: Tensor, mu: Tensor | None, log_sigma: Tensor | None, 
         return [zero] if log_q is None else [zero, log_q.clone()]
     tile = Tile(from_)
     found = Sums(count, tile, z)
-    residual_normal_log_prob_fwd_kernel[(tile.images * found.tasks,)](
+    residual_normal_log_prob_fwd_kernel[(tile.images * tile.tasks,)](
         *(from_, *prior, log_q, found.out, found.parts, found.tickets, z.shape[0] * z.shape[1], z.shape[1], tile.pixels),
-        *(found.chunk, found.tasks, *line(from_), *line(prior[0]), *line(log_q, 2)),
-        **(tile.constants(from_, *prior) | found.blocks),
+        *(tile.chunk, tile.tasks, *line(from_), *line(prior[0]), *line(log_q, 2)),
+        **(tile.constants(from_, *prior) | tile.ends),
     )
     return list(found.out)
 

@@ -115,6 +115,16 @@ class Tile:
         self.images = batch * triton.cdiv(channels, self.group)
         self.step = min(COLUMNS // self.group, self.pixels)
         self.steps = triton.cdiv(self.pixels, self.step)
+        # The programs of an image, and their pixels: about 1,000 programs where there are that many steps, and short sums.
+        wanted = max(1024 // self.images, triton.cdiv(self.steps, STEPS))
+        self.tasks, self.chunk = _triton.tasks(self.pixels, self.step, wanted)
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """The tile [BLOCK_P, BLOCK_G] that adds up the columns of a program; one channel fills it with its own."""
+        block = _triton.power_of_2(self.step * self.group, COLUMNS)
+        rows = block if self.group == 1 else _triton.power_of_2(self.step, COLUMNS)
+        return {"BLOCK_P": rows, "BLOCK_G": _triton.power_of_2(self.group, COLUMNS)}
 
     def constants(self, *tensors: Tensor | None) -> dict[str, int | bool]:
         block = _triton.power_of_2(self.step * self.group, COLUMNS)
@@ -127,20 +137,11 @@ class Sums:
     [tasks, count, B, Z]; with one program an image, there are no parts."""
 
     def __init__(self, count: int, tile: Tile, like: Tensor) -> None:
-        # About 1,000 programs where there are that many steps, and short sums.
-        wanted = max(1024 // tile.images, triton.cdiv(tile.steps, STEPS))
-        self.tasks, self.chunk = _triton.tasks(tile.pixels, tile.step, wanted)
         shape = count, *like.shape[:2]
         self.out = like.new_empty(shape, dtype=torch.float32)
-        join = self.tasks > 1
-        self.parts = like.new_empty((self.tasks, *shape), dtype=torch.float32) if join else None
+        join = tile.tasks > 1
+        self.parts = like.new_empty((tile.tasks, *shape), dtype=torch.float32) if join else None
         self.tickets = _triton.tickets(like.device, tile.images) if join else None
-        # The rows of a program end in a tile [BLOCK_P, BLOCK_G]; one channel fills it with its columns.
-        group, block = tile.group, _triton.power_of_2(tile.step * tile.group, COLUMNS)
-        self.blocks = {
-            "BLOCK_P": block if group == 1 else _triton.power_of_2(tile.step, COLUMNS),
-            "BLOCK_G": _triton.power_of_2(group, COLUMNS),
-        }
 
 
 def checked(name: str, t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

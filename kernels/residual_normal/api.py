@@ -66,7 +66,7 @@ def residual_normal(
     impl = _impl.resolve_impl("residual_normal", impl, *parameters, noise)
     if impl == "reference":
         return reference.residual_normal(*parameters, *[None] * (4 - len(parameters)), noise, residual)
-    return ResidualNormalOutput(*ops.ResidualNormal.apply(noise, residual, False, *parameters))
+    return ResidualNormalOutput(*ops.ResidualNormal.apply(noise, residual, False, None, *parameters))
 
 
 @_check.typed
@@ -75,6 +75,7 @@ def latent_group(
     prior: Tensor | None = None,
     noise: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     flow: Callable[[Tensor], Tensor] | None = None,
     residual: bool = True,
     generator: torch.Generator | None = None,
@@ -82,12 +83,14 @@ def latent_group(
 ) -> ResidualNormalOutput:
     """`residual_normal` of what two networks put out, and of a draw that a flow may move: the latent variables of one group.
 
-        mu_q, log_sigma_q = the halves of posterior;  mu_p, log_sigma_p = those of prior, if one is given
+        mu_q, log_sigma_q = the halves of posterior + bias;  mu_p, log_sigma_p = those of prior, if one is given
         z, kl, log_q, log_p = residual_normal(mu_q, log_sigma_q, mu_p, log_sigma_p, noise)
         with a flow:  z = flow(z), log_p = normal_log_prob(z, mu_p, log_sigma_p), kl = log_q - log_p
 
     posterior, prior: [B, 2 Z, h, w], mu first. Their gradients are made in one piece, the prior's in one pass for all that
         reaches it, which `residual_normal` on halves leaves to copies and additions.
+    bias: [2 Z] or None, which the network leaves to this op: it reads posterior anyway, and the gradient is the sum of the one
+        that it writes.
     flow: keeps the volume, so that log_q holds for what it returns, [B, Z, h, w]. kl is then that of the drawn z alone, not
         its expectation.
 
@@ -97,14 +100,19 @@ def latent_group(
     dtype = _check(tensors)
     if posterior.shape[1] % 2:
         raise ValueError(f"posterior has shape {tuple(posterior.shape)}: expected [B, 2 Z, h, w], mu and log sigma")
+    if bias is not None:
+        if bias.shape != posterior.shape[1:2]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: expected {tuple(posterior.shape[1:2])}")
+        _norm.check_beside(posterior, called="posterior", bias=bias)
+        bias = bias.to(torch.float64 if dtype == torch.float64 else torch.float32)
     noise = _noise(posterior[:, posterior.shape[1] // 2 :], noise, generator)
     parameters = _of_type(tensors.values(), dtype)
     chosen = _impl.resolve_impl("residual_normal", impl, *parameters, noise)
     if chosen == "reference":
         halves = [half for t in parameters for half in t.chunk(2, 1)]
-        found = *reference.residual_normal(*halves, *[None] * (4 - len(halves)), noise, residual), *parameters[1:]
+        found = *reference.residual_normal(*halves, *[None] * (4 - len(halves)), noise, residual, bias), *parameters[1:]
     else:
-        found = ops.ResidualNormal.apply(noise, residual, True, *parameters)
+        found = ops.ResidualNormal.apply(noise, residual, True, bias, *parameters)
     out = ResidualNormalOutput(*found[:4])
     return out if flow is None else _moved(flow(out.z), out.log_q, found[4:], impl)
 

@@ -16,9 +16,14 @@ _PARAMETERS = "Tensor mu_q, Tensor log_sigma_q, Tensor? mu_p, Tensor? log_sigma_
 _GRADIENTS = "Tensor? dz, Tensor? dkl, Tensor? dlog_q, Tensor? dlog_p, Tensor? dmu_p, Tensor? dlog_sigma_p"
 _DENSITY = "Tensor z, Tensor? mu, Tensor? log_sigma"
 
-# Gradients come in the order of the parameters; `joined`, those of a mu and its log sigma are the halves of one tensor.
-torch.library.define("nvae_fast::residual_normal_fwd", f"({_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define("nvae_fast::residual_normal_bwd", f"({_GRADIENTS}, {_PARAMETERS}, bool joined) -> Tensor[]")
+# Gradients come in the order of the parameters; `joined`, those of a mu and its log sigma are the halves of one tensor. bias:
+# float32 [2 Z], added to mu_q and log_sigma_q; its gradient comes last.
+torch.library.define(
+    "nvae_fast::residual_normal_fwd", f"({_PARAMETERS}, Tensor? bias=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "nvae_fast::residual_normal_bwd", f"({_GRADIENTS}, {_PARAMETERS}, bool joined, Tensor? bias=None) -> Tensor[]"
+)
 torch.library.define("nvae_fast::normal_log_prob_fwd", f"({_DENSITY}, Tensor? log_q) -> Tensor[]")
 torch.library.define(
     "nvae_fast::normal_log_prob_bwd", f"(Tensor? dlog_p, Tensor? dkl, Tensor? dz, {_DENSITY}, bool joined) -> Tensor[]"
@@ -74,6 +79,7 @@ def _forward_shapes(
     log_sigma_p: Tensor | None,
     noise: Tensor,
     residual: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return torch.empty_like(mu_q), *_sums(mu_q, 3)
 
@@ -93,8 +99,10 @@ def _backward_shapes(
     noise: Tensor,
     residual: bool,
     joined: bool,
+    bias: Tensor | None = None,
 ) -> list[Tensor]:
-    return empty_pairs(((mu_q, log_sigma_q), (mu_p, log_sigma_p)), joined)
+    found = empty_pairs(((mu_q, log_sigma_q), (mu_p, log_sigma_p)), joined)
+    return found if bias is None else [*found, bias.new_empty(bias.shape)]
 
 
 @torch.library.register_fake("nvae_fast::normal_log_prob_fwd")
@@ -134,13 +142,13 @@ class ResidualNormal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        """inputs: noise, residual, joined, *parameters"""
+        """inputs: noise, residual, joined, bias or None, *parameters"""
         # Named in the signature, with two parameters: torch.compile would take ctx for one argument too many, and drop it.
-        noise, residual, joined, *parameters = inputs
-        ctx.save_for_backward(noise, *parameters)
+        noise, residual, joined, bias, *parameters = inputs
+        ctx.save_for_backward(noise, bias, *parameters)
         ctx.options = residual, joined
         ctx.set_materialize_grads(False)
-        found = torch.ops.nvae_fast.residual_normal_fwd(*_four(parameters, joined), noise, residual)
+        found = torch.ops.nvae_fast.residual_normal_fwd(*_four(parameters, joined), noise, residual, bias)
         return (*found, parameters[1].view_as(parameters[1])) if joined and len(parameters) == 2 else found
 
     @staticmethod
@@ -153,13 +161,14 @@ class ResidualNormal(torch.autograd.Function):
         dlog_p: Tensor | None,
         dprior: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        noise, *parameters = ctx.saved_tensors
+        noise, bias, *parameters = ctx.saved_tensors
         residual, joined = ctx.options
         also = (None, None) if dprior is None else dprior.chunk(2, 1)
         found = torch.ops.nvae_fast.residual_normal_bwd(
-            dz, dkl, dlog_q, dlog_p, *also, *_four(parameters, joined), noise, residual, joined
+            dz, dkl, dlog_q, dlog_p, *also, *_four(parameters, joined), noise, residual, joined, bias
         )
-        return None, None, None, *found
+        dbias, found = (None, found) if bias is None else (found[-1], found[:-1])
+        return None, None, None, dbias, *found
 
 
 class NormalLogProb(torch.autograd.Function):

@@ -51,10 +51,13 @@ def residual_normal(
     log_sigma_p: Tensor | None,
     noise: Tensor,
     residual: bool,
+    bias: Tensor | None = None,
 ) -> ResidualNormalOutput:
     dtype = mu_q.dtype
     with torch.autocast(mu_q.device.type, enabled=False):
         mu_q, log_sigma_q, noise = wide(mu_q), wide(log_sigma_q), wide(noise)
+        if bias is not None:
+            mu_q, log_sigma_q = (t + b for t, b in zip((mu_q, log_sigma_q), bias.view(2, -1, 1, 1), strict=True))
         if mu_p is None or log_sigma_p is None:
             prior = normal_params(torch.zeros_like(mu_q), torch.zeros_like(mu_q))
         else:

@@ -22,14 +22,14 @@ class WeightNormConv2d(nn.Conv2d):
     log(||w[o]|| + 0.01). With `data_init`, the first forward call first sets l and the bias such that the output has mean 0
     and standard deviation 0.2 per channel (Salimans & Kingma 2016); loading a state marks this as done.
 
-    `adds_bias`, which may be set at any time: where it is False, what reads the output adds the bias (as a cell's ops do, which
-    read it anyway) and forward returns it without.
+    `adds_bias`, which may be set at any time: where it is False, what reads the output adds the bias (as a cell's ops do, and a
+    latent group, which read it anyway) and forward returns it without.
     """
 
-    def __init__(self, *args, data_init: bool = False, **kwargs) -> None:
+    def __init__(self, *args, data_init: bool = False, adds_bias: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.log_weight_norm = nn.Parameter(self._initial_log_norm())
-        self.data_init_pending, self.adds_bias = data_init, True
+        self.data_init_pending, self.adds_bias = data_init, adds_bias
         self.effective: Tensor | None = None  # set by shared_effective_weights for the duration of a pass
 
     @torch.no_grad()
@@ -53,6 +53,11 @@ class WeightNormConv2d(nn.Conv2d):
     def own_bias(self) -> Tensor | None:
         """The bias that forward adds."""
         return effective(self, "bias") if self.adds_bias else None
+
+    @property
+    def left_bias(self) -> Tensor | None:
+        """The bias that forward leaves to what reads its output."""
+        return None if self.adds_bias else self.bias
 
     @property
     def pointwise(self) -> bool:

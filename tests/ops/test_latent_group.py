@@ -34,9 +34,10 @@ def densities(tensors, impl, arrange=lambda t: t):
     return [log_p.detach(), *torch.autograd.grad(log_p, leaves, grad)]
 
 
-def group(posterior, prior, noise, impl, flow=None, residual=True, arrange=lambda t: t):
-    leaves = [t.detach().requires_grad_() for t in (posterior, prior) if t is not None]
-    out = rn.latent_group(*leaves, noise=noise, flow=flow, residual=residual, impl=impl)
+def group(posterior, prior, noise, impl, flow=None, residual=True, arrange=lambda t: t, bias=None):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (posterior, prior, bias)]
+    out = rn.latent_group(*leaves[:2], noise, bias=leaves[2], flow=flow, residual=residual, impl=impl)
+    leaves = [t for t in leaves if t is not None]
     grads = [arrange(draw(*t.shape, seed=i)).to(t.dtype) for i, t in enumerate(out)]
     return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, grads)]
 
@@ -72,18 +73,19 @@ def test_densities_in_any_strides(layout, shape):
 
 
 @native
-@pytest.mark.parametrize("kind", ["top", "absolute", "residual"])
+@pytest.mark.parametrize("kind", ["top", "absolute", "residual", "top, bias", "residual, bias"])
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_group_is_its_parts(within_budget, layout, flow, kind):
-    how, found = (FLOWS[flow], kind == "residual"), ([], [], [])
+    how, found, top = (FLOWS[flow], "residual" in kind, lambda t: t), ([], [], []), "top" in kind
     for seed in (0, 10, 20):  # a single draw of the plain op's error says little
-        tensors = [None if kind == "top" and i else LAYOUTS[layout](draw(2, 6, 5, 7, seed=seed + i)) for i in range(2)]
-        noise = draw(2, 3, 5, 7, seed=seed + 2)
+        tensors = [None if top and i else LAYOUTS[layout](draw(2, 6, 5, 7, seed=seed + i)) for i in range(2)]
+        noise, bias = draw(2, 3, 5, 7, seed=seed + 2), draw(6, scale=0.1, seed=seed + 3) if "bias" in kind else None
         wide, dense = ([None if t is None else f(t) for t in tensors] for f in (torch.Tensor.double, torch.Tensor.contiguous))
-        got = group(*tensors, noise, "cpu", *how)
-        assert all(map(torch.equal, got, group(*dense, noise, "cpu", *how)))
-        plain, exact = group(*tensors, noise, "reference", *how), group(*wide, noise.double(), "reference", *how)
+        got = group(*tensors, noise, "cpu", *how, bias)
+        assert all(map(torch.equal, got, group(*dense, noise, "cpu", *how, bias)))
+        plain = group(*tensors, noise, "reference", *how, bias)
+        exact = group(*wide, noise.double(), "reference", *how, None if bias is None else bias.double())
         for draws, outcome in zip(found, (got, plain, exact), strict=True):
             draws.append(outcome)
     for triple in zip(*([torch.stack(t) for t in zip(*draws, strict=True)] for draws in found), strict=True):
@@ -129,7 +131,8 @@ def test_compiles_without_a_graph_break(impl, flow):
     posterior, prior, noise = draw(2, 6, 4, 3), draw(2, 6, 4, 3, seed=1), draw(2, 3, 4, 3, seed=2)
 
     def f(posterior, prior):
-        out = rn.latent_group(posterior, prior, noise, flow=FLOWS[flow], impl=impl)
+        bias = posterior.mean((0, 2, 3))
+        out = rn.latent_group(posterior, prior, noise, bias=bias, flow=FLOWS[flow], impl=impl)
         return out.z.sum() + (out.kl - 2 * out.log_p).sum()
 
     torch._dynamo.reset()
@@ -181,8 +184,24 @@ def test_nan_stays_and_infinity_is_far(impl):
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_empty(shape, impl):
     b, z, h, w = shape
-    out = group(draw(b, 2 * z, h, w), draw(b, 2 * z, h, w), draw(*shape), impl, FLOWS["flow"])
-    assert out[0].shape == shape and out[1].shape == shape[:2] and all(not t.isnan().any() for t in out)
+    out = group(draw(b, 2 * z, h, w), draw(b, 2 * z, h, w), draw(*shape), impl, FLOWS["flow"], bias=draw(2 * z))
+    assert not out[-1].any() and out[0].shape == shape and out[1].shape == shape[:2] and all(not t.isnan().any() for t in out)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_bias_is_as_one_in_the_posterior(within_budget, impl):
+    """Of several blocks of pixels, in bfloat16, of a strided tensor; its gradient is float32, the sum of the posterior's."""
+    given, bias = [draw(3, 10, 18, 19), draw(3, 10, 18, 19, seed=1), draw(3, 5, 18, 19, seed=2)], draw(20, seed=3)[::2]
+    for dtype, far in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+        tensors = [t.to(dtype) for t in given[:2]] + given[2:]
+        exact = group(*(t.double() for t in tensors), "reference", bias=bias.double())
+        plain, got = (group(*tensors, which, bias=bias) for which in ("reference", impl))
+        for triple in zip(got, plain, exact, strict=True):
+            within_budget(*triple, dtype)
+        assert got[-1].dtype == torch.float32
+        torch.testing.assert_close(got[-1].double(), exact[4].sum((0, 2, 3)), rtol=1e-2, atol=far)
+    added = group(given[0] + bias.view(1, -1, 1, 1), *given[1:], impl)
+    assert all(map(torch.equal, added, group(*given, impl, bias=bias)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -201,6 +220,8 @@ BAD = {
     r"posterior has shape \(2, 5, 4, 3\): expected \[B, 2 Z, h, w\]": lambda t: rn.latent_group(t[:, :5]),
     r"prior has shape \(1, 6, 4, 3\): expected that of posterior": lambda t: rn.latent_group(t, t[:1]),
     r"noise has shape \(2, 6, 4, 3\)": lambda t: rn.latent_group(t, t, t),
+    r"bias has shape \(3,\): expected \(6,\)": lambda t: rn.latent_group(t, bias=t[0, :3, 0, 0]),
+    "bias is on meta: expected cpu, where posterior is": lambda t: rn.latent_group(t, bias=torch.zeros(6, device="meta")),
     "log_sigma is missing: give both": lambda t: rn.normal_log_prob(t, t),
     "mu has shape": lambda t: rn.normal_log_prob(t, t[:1], t),
 }

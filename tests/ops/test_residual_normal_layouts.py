@@ -88,10 +88,13 @@ def test_opcheck(prior, layout):
     params = [arrange(t) for t in tensors] + [None] * (4 - len(tensors))
     args = (*params, arrange(noise), prior == "residual")
     dz, *sums = (w.float() for w in weights())
+    bias = weights()[1].float()[0].repeat(2)[::1]
     torch.library.opcheck(torch.ops.nvae_fast.residual_normal_fwd, args)
+    torch.library.opcheck(torch.ops.nvae_fast.residual_normal_fwd, (*args, bias))
     backward = torch.ops.nvae_fast.residual_normal_bwd
     torch.library.opcheck(backward, (arrange(dz), *sums, *(params[2:] if prior == "given" else (None, None)), *args, False))
     torch.library.opcheck(backward, (None, sums[0], *[None] * 4, *args, True))
+    torch.library.opcheck(backward, (None, sums[0], *[None] * 4, *args, True, bias))
 
 
 @native

@@ -100,8 +100,13 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
         ("state_ptr", *DGATE),
         ("state_ptr", *DGATE, "bn_ptr", "dbn_ptr", "shares_ptr"),
     ],
-    "residual_normal_fwd_kernel": [PRIOR, JOIN],
-    "residual_normal_bwd_kernel": [(*PRIOR, *ALSO, "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"), (*SUMS, *ALSO), ALSO],
+    "residual_normal_fwd_kernel": [PRIOR, JOIN, ("bias_ptr",)],
+    "residual_normal_bwd_kernel": [
+        (*PRIOR, *ALSO, "dmu_p_ptr", "dlog_sigma_p_ptr", "dz_ptr"),
+        (*SUMS, *ALSO),
+        ALSO,
+        ("bias_ptr", "dbias_ptr", *JOIN),
+    ],
     "residual_normal_log_prob_fwd_kernel": [PRIOR, JOIN, (*PRIOR, *JOIN, "log_q_ptr")],
     "residual_normal_log_prob_bwd_kernel": [
         (*PRIOR, "dmu_p_ptr", "dlog_sigma_p_ptr"),

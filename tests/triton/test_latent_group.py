@@ -51,10 +51,11 @@ def test_densities_and_their_gradients(within_budget, scale, dtype, prior, layou
             within_budget(got, plain, exact, dtype)
 
 
-def group(posterior, prior, noise, grads, impl, flow=lambda z: 1.5 * z + 0.25, residual=True):
+def group(posterior, prior, noise, grads, impl, flow=lambda z: 1.5 * z + 0.25, residual=True, bias=None):
     """Outputs and gradients; the prior is used a second time, as a decoder might."""
-    leaves = [t.detach().requires_grad_() for t in (posterior, prior) if t is not None]
-    out = F.latent_group(*leaves, noise=noise, flow=flow, residual=residual, impl=impl)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (posterior, prior, bias)]
+    out = F.latent_group(*leaves[:2], noise, bias=leaves[2], flow=flow, residual=residual, impl=impl)
+    leaves = [t for t in leaves if t is not None]
     weights = [g.to(t.dtype) for g, t in zip(grads, out, strict=True)]
     return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, weights)]
 
@@ -67,17 +68,39 @@ def inputs(shape=(2, 3, 5, 7), dtype=FLOAT, layout=CL, scale=1.0):
     return both, draw(*shape), [draw(*shape), draw(z, b).t(), draw(b, z), draw(b, z)]
 
 
+def biases(channels):
+    """With steps of 3, as those of a strided tensor are."""
+    return (0.1 * torch.randn(6 * channels, generator=torch.Generator().manual_seed(7))).bfloat16().float()[::3]
+
+
 @pytest.mark.parametrize("layout", SHAPES)
 @pytest.mark.parametrize("flow", [None, lambda z: 1.5 * z + 0.25], ids=["no flow", "flow"])
-@pytest.mark.parametrize("kind", ["top", "absolute", "residual"])
+@pytest.mark.parametrize("kind", ["top", "absolute", "residual", "residual, bias"])
 def test_a_group_is_its_parts(within_budget, layout, flow, kind):
     (posterior, prior), noise, grads = inputs(layout=layout)
-    prior = None if kind == "top" else prior
-    wide, how = (posterior.double(), None if prior is None else prior.double()), (flow, kind == "residual")
-    exact = group(*wide, noise.double(), grads, "reference", *how)
-    plain = group(posterior, prior, noise, grads, "reference", *how)
-    for triple in zip(group(posterior, prior, noise, grads, "triton", *how), plain, exact, strict=True):
+    prior, bias = None if kind == "top" else prior, biases(3) if "bias" in kind else None
+    wide, how = [None if t is None else t.double() for t in (posterior, prior, noise, bias)], (flow, "residual" in kind)
+    exact = group(*wide[:3], grads, "reference", *how, wide[3])
+    plain = group(posterior, prior, noise, grads, "reference", *how, bias)
+    for triple in zip(group(posterior, prior, noise, grads, "triton", *how, bias), plain, exact, strict=True):
         within_budget(*triple)
+
+
+@pytest.mark.parametrize(("layout", "shape"), [(torch.contiguous_format, (2, 2, 3, 23)), (CL, (2, 70, 1, 4))])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+def test_a_bias_whose_sums_many_programs_make(within_budget, small_programs, dtype, layout, shape):
+    """Of all images, channels in several blocks: in the budget, float32, the same bits again."""
+    both, noise, grads = inputs(shape, dtype, layout, 0.3)  # v² has heavy tails: a single value would decide
+    bias = biases(shape[1])
+    exact = group(*(t.double() for t in both), noise.double(), grads, "reference", None, bias=bias.double())
+    plain = group(*both, noise, grads, "reference", None, bias=bias)
+    found = group(*both, noise, grads, "triton", None, bias=bias)
+    for triple in zip(found, plain, exact, strict=True):
+        within_budget(*triple, dtype)
+    assert found[-1].dtype == FLOAT and same(found, group(*both, noise, grads, "triton", None, bias=bias))
+    if dtype == FLOAT:
+        added = both[0] + bias.view(1, -1, 1, 1)
+        assert same(found[:-1], group(added, both[1], noise, grads, "triton", None))
 
 
 @pytest.mark.parametrize(("layout", "shape"), [(torch.contiguous_format, (1, 2, 19, 11)), (CL, (1, 20, 9, 7))])
@@ -93,11 +116,12 @@ def test_a_row_in_many_programs_and_steps(request, layout, shape):
 
 
 def test_a_group_is_four_launches(launches):
-    """And none of torch's, neither for the halves nor for the sums of what reaches the prior and the moved z."""
+    """And none of torch's, neither for the halves nor for the sums of what reaches the bias, the prior and the moved z."""
     (posterior, prior), noise, grads = inputs()
-    leaves, dz = [t.requires_grad_() for t in (posterior, prior)], grads[0].contiguous(memory_format=CL)
+    leaves = [t.requires_grad_() for t in (posterior, prior, biases(3).contiguous())]
+    dz = grads[0].contiguous(memory_format=CL)
     with launches() as names:
-        out = F.latent_group(*leaves, noise, flow=lambda z: z)
+        out = F.latent_group(*leaves[:2], noise, bias=leaves[2], flow=lambda z: z)
         torch.autograd.grad([out.z, out.kl], leaves, [dz, grads[1][:1, :1].expand_as(out.kl)])
     kernels = "fwd_kernel", "log_prob_fwd_kernel", "log_prob_bwd_kernel", "bwd_kernel"
     assert names == [f"residual_normal_{k}" for k in kernels]
@@ -146,13 +170,22 @@ def test_nan_and_infinity():
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_empty(shape):
     both, noise, grads = inputs(shape)
-    found = group(*both, noise, grads, "triton")
-    assert found[0].shape == shape and found[1].shape == shape[:2] and not any(t.any() for t in found)
+    found = group(*both, noise, grads, "triton", bias=biases(shape[1]))
+    assert (
+        found[0].shape == shape
+        and found[-1].shape == (2 * shape[1],)
+        and found[1].shape == shape[:2]
+        and not any(t.any() for t in found)
+    )
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused():
     z, mu, log_sigma = drawn((2, 3, 4, 5), 1.0, FLOAT, 0)
     raw = torch.ops.nvae_fast
+    with pytest.raises(RuntimeError, match="bias has shape"):
+        raw.residual_normal_fwd(mu, log_sigma, None, None, z, True, torch.zeros(3))
+    with pytest.raises(RuntimeError, match="bias has shape"):
+        raw.residual_normal_bwd(*[None] * 6, mu, log_sigma, None, None, z, True, False, torch.zeros(6).half())
     with pytest.raises(RuntimeError, match="log_sigma has shape"):
         raw.normal_log_prob_fwd(z, mu, log_sigma[:, :1], None)
     with pytest.raises(RuntimeError, match="both mu and log_sigma, or neither"):
