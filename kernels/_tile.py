@@ -87,3 +87,14 @@ def differentiate(dy, u, ACT: tl.constexpr):
     if ACT == ELU:
         dy = dy * tl.where(u > 0, 1.0, tl.exp(u))
     return dy
+
+
+@triton.jit
+def affine_rows(du, x, c0, c1, c2, also_ptr, also2_ptr, m, c, M, C):
+    """c0 du + c1 x + c2, and what else there is at rows m"""
+    dx = du * c0[None, :] + x * c1[None, :] + c2[None, :]
+    if also_ptr is not None:
+        dx += load_rows(also_ptr, m, c, M, C)
+    if also2_ptr is not None:
+        dx += load_rows(also2_ptr, m, c, M, C)
+    return dx

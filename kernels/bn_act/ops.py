@@ -15,6 +15,7 @@ from torch import Tensor
 from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order
 from nvae_fast.kernels._impl import native_predicate
+from nvae_fast.kernels._lent import last_pass
 
 GRADIENTS = 7  # rows of a table of gradients
 
@@ -125,8 +126,7 @@ class BnAct(torch.autograd.Function):
         x, bn = ctx.saved_tensors
         table = torch.ops.nvae_fast.bn_act_sums(dy, x, bn, ctx.act, ctx.count)
         c, parts = _norm.gradients(table, bn, ctx.count, ctx.config, ctx.needs_input_grad[4:])
-        dx = torch.ops.nvae_fast.bn_act_bwd(dy, x, bn, ctx.act, c, *also)
-        return dx, None, None, None, *parts
+        return last_pass(ctx, dy, x, c, also, bn, ctx.act), None, None, None, *parts
 
 
 class ApplyNorm(torch.autograd.Function):

@@ -20,6 +20,7 @@ from nvae_fast.kernels._tile import (
     SCALE,
     SHIFT,
     activate,
+    affine_rows,
     differentiate,
     load_row,
     load_rows,
@@ -116,12 +117,7 @@ def bn_act_bwd_kernel(dy_ptr, x_ptr, bn_ptr, c_ptr, also_ptr, also2_ptr, dx_ptr,
     scale, shift = load_row(bn_ptr, SCALE, c, C), load_row(bn_ptr, SHIFT, c, C)
     du = differentiate(load_rows(dy_ptr, m, c, M, C), x * scale[None, :] + shift[None, :], ACT)
     c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
-    dx = du * c0[None, :] + x * c1[None, :] + c2[None, :]
-    if also_ptr is not None:
-        dx += load_rows(also_ptr, m, c, M, C)
-    if also2_ptr is not None:
-        dx += load_rows(also2_ptr, m, c, M, C)
-    store_rows(dx_ptr, m, c, M, C, dx)
+    store_rows(dx_ptr, m, c, M, C, affine_rows(du, x, c0, c1, c2, also_ptr, also2_ptr, m, c, M, C))
 
 
 @triton.jit
@@ -131,12 +127,8 @@ def bn_act_affine_kernel(du_ptr, x_ptr, c_ptr, also_ptr, also2_ptr, M, C, WIDE: 
     m = offset_of(tl.program_id(0), WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c0, c1, c2 = load_row(c_ptr, 0, c, C), load_row(c_ptr, 1, c, C), load_row(c_ptr, 2, c, C)
-    du = load_rows(du_ptr, m, c, M, C) * c0[None, :] + load_rows(x_ptr, m, c, M, C) * c1[None, :] + c2[None, :]
-    if also_ptr is not None:
-        du += load_rows(also_ptr, m, c, M, C)
-    if also2_ptr is not None:
-        du += load_rows(also2_ptr, m, c, M, C)
-    store_rows(du_ptr, m, c, M, C, du)
+    du, x = load_rows(du_ptr, m, c, M, C), load_rows(x_ptr, m, c, M, C)
+    store_rows(du_ptr, m, c, M, C, affine_rows(du, x, c0, c1, c2, also_ptr, also2_ptr, m, c, M, C))
 
 
 def bn_act_stats(x: Tensor, *norm: Any) -> Tensor:

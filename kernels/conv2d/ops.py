@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order, thirds
+from nvae_fast.kernels._lent import last_pass
 from nvae_fast.kernels._norm import FOLLOWING, Following
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.conv2d.reference import conv2d
@@ -114,7 +115,7 @@ class NormConv2d(torch.autograd.Function):
         if before:
             table = raw.bn_act_sums(da, x, bn, act, count)
             c, parts = _norm.gradients(table, bn, count, config, wanted[7:])
-            dx = raw.bn_act_bwd(da, x, bn, act, c, *also)
+            dx = last_pass(ctx, da, x, c, also, bn, act)
         return dx, dweight, dbias, None, None, None, None, *parts
 
 
@@ -175,6 +176,6 @@ class PreactBranch(torch.autograd.Function):
             c, parts[i] = _norm.gradients(table, bn, counts[i], configs[i], wanted[stages + i * PARTS :][:PARTS])
             y = x
         if ctx.needs_input_grad[0]:
-            raw.bn_act_affine_(du, images[0], c, *also)
+            du = last_pass(ctx, du, images[0], c, also)
         given = (g if w else None for g, w in zip((du, None, None, None, None, *dweights), ctx.needs_input_grad, strict=False))
         return *given, *(g for p in parts for g in p)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._autograd import first_order
+from nvae_fast.kernels._lent import last_pass
 from nvae_fast.kernels.depthwise_conv import ops as depthwise_ops
 from nvae_fast.kernels.pointwise_conv import ops as pointwise_ops
 
@@ -114,8 +115,8 @@ class InvertedResidual(torch.autograd.Function):
         c, parts1 = gradients(1, table, bn1)
         du, dexpand, table, *_ = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
         c, parts0 = gradients(0, table, bn0)
-        raw.bn_act_affine_(du, x, c, *also)
-        return du, dexpand, ddepthwise, dproject, *(None,) * 6, *parts0, *parts1, *parts2, *parts3
+        dx = last_pass(ctx, du, x, c, also)
+        return dx, dexpand, ddepthwise, dproject, *(None,) * 6, *parts0, *parts1, *parts2, *parts3
 
 
 def _pointwise(x: Tensor, bn: Tensor, act: int, weight: Tensor, stats: bool, behind: _norm.Following) -> tuple[Tensor, Tensor]:

@@ -92,13 +92,14 @@ def se_residual(
     if skip.dtype != x.dtype and impl == "auto":
         impl = _impl.unless_chosen("se_residual")
     impl = _auto.choose("se_residual", impl, [skip, x], [t for t in (w1, bias) if t is not None], fused=bn is not None)
-    if _impl.resolve_impl("se_residual", impl, skip, x) == "reference":
+    impl = _impl.resolve_impl("se_residual", impl, skip, x)
+    if impl == "reference":
         x = x if bn is None else ApplyNorm.apply(x, bn)
         y = reference.se_residual(skip, x, w1, b1, w2, b2, residual_scale=residual_scale, bias=bias)
         return (y, None) if return_stats else y
     dtype = torch.promote_types(skip.dtype, x.dtype)
     w1, b1, w2, b2, bias = (None if t is None else t.float() for t in (w1, b1, w2, b2, bias))
     before = bn if bias is None else bias
-    settings = residual_scale, return_stats, *_norm.following_of(next_norm)
+    settings = residual_scale, impl == "triton", return_stats, *_norm.following_of(next_norm)
     y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), before, w1, b1, w2, b2, *settings)
     return (y, stats) if return_stats else y

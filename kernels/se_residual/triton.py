@@ -1,4 +1,5 @@
-"""se_residual on a GPU: kernels, then launchers. Images are rows of pixels [P, C]; a program never leaves its image.
+"""se_residual on a GPU: kernels, then launchers; those of the backward are in _backward.py. Images are rows of pixels [P, C]; a
+program never leaves its image.
 
 Passes over pixels are cut into tiles. What is known per image is computed behind the first pass by the last program of an image
 (_device.py), which draws the last of its tickets (_join.py): forward the state [N, 3 C + H] (mean of x, gate, its slope, hidden
@@ -19,11 +20,20 @@ from torch import Tensor
 from nvae_fast.kernels import _triton
 from nvae_fast.kernels._join import arrive, join, joined_stats
 from nvae_fast.kernels._norm import Following
-from nvae_fast.kernels._tile import SCALE, load_row, load_rows, offset_of, store_row, store_rows
+from nvae_fast.kernels._tile import load_rows, offset_of, store_row, store_rows
 from nvae_fast.kernels.bn_act import triton as bn_act
 from nvae_fast.kernels.bn_act.ops import empty_image
 from nvae_fast.kernels.bn_act.tables import following, store_stats
-from nvae_fast.kernels.se_residual._device import add_images, factor_of, find_gate, find_shares, load_shift, store_parts
+from nvae_fast.kernels.se_residual._backward import (  # noqa: F401
+    se_residual_bwd,
+    se_residual_bwd_kernel,
+    se_residual_dgate_kernel,
+    se_residual_dx,
+    se_residual_dy_,
+    se_residual_dy_kernel,
+)
+from nvae_fast.kernels.se_residual._device import factor_of, find_gate, load_shift, store_parts
+from nvae_fast.kernels.se_residual._sizes import before, block_of, sizes_of, sums
 
 
 @triton.jit
@@ -68,66 +78,26 @@ def se_residual_fwd_kernel(skip_ptr, x_ptr, bn_ptr, state_ptr, y_ptr, out_ptr, n
             store_stats(out_ptr, mean, var, tl.program_id(1), c, C, norm)
 
 
-@triton.jit
-def se_residual_dgate_kernel(dy_ptr, x_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr, parts_ptr, tickets_ptr,
-                             residual_scale, P, C, H, CHUNK, TASKS, BIAS: tl.constexpr, WIDE: tl.constexpr,
-                             BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
-                             BLOCK_W: tl.constexpr):  # fmt: skip
-    """Sums of dy and dy (x - mean), and with a gate, by the last program of an image, its shares."""
-    task = tl.program_id(0)
-    store_parts(task, dy_ptr, x_ptr, None if BIAS else bn_ptr, parts_ptr, P, C, CHUNK, TASKS, WIDE, BLOCK_M, BLOCK_C)
-    if w1_ptr is not None:
-        if arrive(tickets_ptr + task // TASKS, TASKS * tl.num_programs(1)):
-            find_shares(task // TASKS, parts_ptr, bn_ptr, w1_ptr, w2_ptr, state_ptr, shares_ptr, residual_scale, C, H, TASKS,
-                        BIAS, BLOCK_W, BLOCK_H)  # fmt: skip
-
-
-@triton.jit
-def se_residual_bwd_kernel(dy_ptr, bn_ptr, state_ptr, shares_ptr, dx_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, inverse,
-                           residual_scale, share, P, C, H, ROWS, ADDING, BIAS: tl.constexpr, WIDE: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-                           BLOCK_W: tl.constexpr):  # fmt: skip
-    """dx = a dy + b of a tile, behind ADDING programs that take the sums over images meanwhile."""
-    program = tl.program_id(0)
-    if program < ADDING:
-        add_images(program, shares_ptr, state_ptr, bn_ptr, dbn_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, residual_scale, share,
-                   ROWS, C, H, BIAS, BLOCK_N, BLOCK_W, BLOCK_H)  # fmt: skip
-    else:
-        tiles, across = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_C)
-        tile, c = (program - ADDING) // across, (program - ADDING) % across * BLOCK_C + tl.arange(0, BLOCK_C)
-        m = offset_of(tile % tiles, WIDE) * BLOCK_M + tl.arange(0, BLOCK_M)
-        image = tile // tiles
-        first = offset_of(image, WIDE) * P * C
-        gate, a = factor_of(state_ptr, bn_ptr, image, residual_scale, c, C, H, BIAS, BLOCK_C)
-        dx = load_rows(dy_ptr + first, m, c, P, C) * a[None, :]
-        if state_ptr is not None:
-            b = load_row(shares_ptr + image * (4 * C + H), 2, c, C) * inverse
-            if (bn_ptr is not None) and (not BIAS):
-                b *= load_row(bn_ptr, SCALE, c, C)
-            dx += b[None, :]
-        store_rows(dx_ptr + first, m, c, P, C, dx)
-
-
 def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None, b1: Tensor | None, w2: Tensor | None,
                     b2: Tensor | None, x_means: Tensor | None, residual_scale: float,
                     stats: bool, *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, skip = _triton.image("x", x), _triton.image("skip", skip, x)
-    images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
-    (bn, bias), x_means = _before(bn, channels), _triton.floats("x_means", x_means, images, channels)
+    images, channels, pixels, hidden = *sizes_of(x), 0 if w1 is None else w1.shape[0]
+    (bn, bias), x_means = before(bn, channels), _triton.floats("x_means", x_means, images, channels)
     w1, b1 = _triton.floats("w1", w1, hidden, channels), _triton.floats("b1", b1, hidden)
     w2, b2 = _triton.floats("w2", w2, channels, hidden), _triton.floats("b2", b2, channels)
     y, state = empty_image(x, *x.shape), x.new_empty(images, 3 * channels + hidden if hidden else 0, dtype=torch.float32)
     if x.numel():
         if hidden:
             summed, inverse = x, 1.0 / pixels
-            grid, parts, tickets, sizes = _sums(x, 1, hidden, bias)
+            grid, parts, tickets, sizes = sums(x, 1, hidden, bias)
             if x_means is not None:
                 grid, summed, parts, inverse = (images,), None, x_means, 1.0
                 sizes["TASKS"] = 1
             se_residual_gate_kernel[grid](
                 *(summed, bn, w1, b1, w2, b2, state, parts, tickets, inverse, pixels, channels, hidden), **sizes
             )
-        block_c = _block_c(x)
+        block_c = block_of(x)
         block_m, across = 2048 // block_c, triton.cdiv(channels, block_c)
         whole = math.gcd(pixels, block_m)  # tiles that are all full
         joined: tuple[Tensor | int | None, ...] = None, None, 0, 0
@@ -147,74 +117,3 @@ def se_residual_fwd(skip: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | Non
         if joined[0] is not None or not stats:
             return y, state, found
     return y, state, bn_act.bn_act_stats(y, *norm) if stats else x.new_empty(0, channels, dtype=torch.float32)
-
-
-def se_residual_bwd(dy: Tensor, x: Tensor, bn: Tensor | None, w1: Tensor | None, w2: Tensor | None, state: Tensor,
-                    residual_scale: float) -> list[Tensor]:  # fmt: skip
-    x, dy = _triton.image("x", x), _triton.image("dy", dy, x)
-    images, channels, pixels, hidden = *_sizes(x), 0 if w1 is None else w1.shape[0]
-    bn, bias = _before(bn, channels)
-    w1, w2 = _triton.floats("w1", w1, hidden, channels), _triton.floats("w2", w2, channels, hidden)
-    state = _triton.floats("state", state, images, 3 * channels + hidden if hidden else 0)
-    dx = empty_image(x, *x.shape)
-    dbn = None if bn is None else torch.empty_like(bn)
-    gate = (
-        [state.new_empty(size) for size in ((hidden, channels), (hidden,), (channels, hidden), (channels,))] if hidden else []
-    )
-    found = [t for t in (dbn, *gate) if t is not None]
-    if x.numel():
-        shares, rows, adding = None, 0, 0
-        block_c, block_h = _block_c(x), _triton.power_of_2(hidden, 64)
-        if found:
-            summed = x if hidden or not bias else None  # a bias alone wants sum(dy) alone
-            grid, parts, tickets, sizes = _sums(x, 1 if summed is None else 2, hidden, bias)
-            shares = state.new_empty(images, 4 * channels + hidden) if hidden else parts
-            se_residual_dgate_kernel[grid](
-                *(dy, summed, bn, w1, w2, state, shares, parts, tickets, residual_scale, pixels, channels, hidden), **sizes
-            )
-            rows = images if hidden else grid[0]
-            adding = triton.cdiv(channels, 16) * triton.cdiv(max(hidden, 1), block_h)
-        tiles = images * triton.cdiv(pixels, 2048 // block_c) * triton.cdiv(channels, block_c)
-        se_residual_bwd_kernel[(adding + tiles,)](
-            *(dy, bn, state if hidden else None, shares, dx, dbn, *(gate or [None] * 4)),
-            *(1.0 / pixels, residual_scale, 1.0 / (images * pixels), pixels, channels, hidden, rows, adding),
-            BIAS=bias,
-            WIDE=_triton.wide(x),
-            BLOCK_M=2048 // block_c,
-            BLOCK_C=block_c,
-            BLOCK_N=max(128 // block_h, 1),
-            BLOCK_W=16,
-            BLOCK_H=block_h,
-        )
-    else:
-        for t in found:
-            t.zero_()
-    return [dx, *found]
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-
-
-def _block_c(x: Tensor) -> int:
-    return _triton.power_of_2(x.shape[1], 64 if x.shape[2] * x.shape[3] > 16 else 128)
-
-
-def _before(bn: Tensor | None, channels: int) -> tuple[Tensor | None, bool]:
-    """What stands before the op, and whether that is a bias [C] instead of a normalisation [5, C]."""
-    if bn is not None and bn.dim() == 1:
-        return _triton.floats("bias", bn, channels), True
-    return _triton.floats("coefficients", bn, 5, channels), False
-
-
-def _sums(x: Tensor, kinds: int, hidden: int, bias: bool) -> tuple[tuple[int, int], Tensor, Tensor | None, dict[str, int]]:
-    """(grid, parts [N, tasks, kinds, C], tickets of images, sizes) of a kernel with `store_parts`: about 1,000 programs, where
-    there are that many tiles. Of the two linear layers' weights, 2048 values are read at a time."""
-    images, channels, pixels = _sizes(x)
-    block_c, block_h = _block_c(x), _triton.power_of_2(hidden, 1 << 16)
-    block_m, across = 2048 // block_c, triton.cdiv(channels, block_c)
-    count, chunk = _triton.tasks(pixels, block_m, 1024 // (images * across))
-    sizes = {"CHUNK": chunk, "TASKS": count, "BIAS": bias, "WIDE": _triton.wide(x), "BLOCK_M": block_m, "BLOCK_C": block_c}
-    sizes |= {"BLOCK_H": block_h, "BLOCK_W": _triton.power_of_2(channels, max(2048 // block_h, 16))}
-    parts = x.new_empty(images, count, kinds, channels, dtype=torch.float32)
-    return (images * count, across), parts, _triton.tickets(x.device, images) if hidden else None, sizes

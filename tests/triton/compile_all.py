@@ -95,6 +95,7 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr", "TASKS")],
     "se_residual_fwd_kernel": [("norm",), JOIN, (*JOIN, "bn_ptr"), (*JOIN, "state_ptr"), (*JOIN, "state_ptr", "bn_ptr")],
     "se_residual_dgate_kernel": [("bn_ptr",), ("w1_ptr", "w2_ptr", "tickets_ptr", "shares_ptr")],
+    "se_residual_dy_kernel": [("bn_ptr", "also2_ptr"), ("norm_ptr", "du_ptr"), ("norm_ptr", "du_ptr", "also_ptr", "also2_ptr")],
     "se_residual_bwd_kernel": [
         ("bn_ptr", "dbn_ptr"),
         ("state_ptr", *DGATE),
@@ -144,7 +145,7 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "shared_weights": SHARED,
     "se_residual_fwd": dict(num_warps=8),
     "se_residual_gate": dict(BLOCK_W=128),
-    "se_residual_dgate": dict(BLOCK_W=128),
+    **{f"se_residual_{name}": dict(BLOCK_W=128) for name in ("dgate", "dy")},
     "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
 }
 OTHERS = {  # than CONSTANTS say; of products, at their largest tile
@@ -152,7 +153,7 @@ OTHERS = {  # than CONSTANTS say; of products, at their largest tile
     "conv2d_du_kernel": [dict(SHARES=4, TILE_W=16)],
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
     "depthwise_conv_bwd_kernel": [dict(BLOCK_T=8, BLOCK_D=8) | more for more in ({}, dict(STRIDE=2), dict(UP=2))],
-    **{f"se_residual_{name}_kernel": [{}, dict(BIAS=True)] for name in ("gate", "fwd", "dgate", "bwd")},
+    **{f"se_residual_{name}_kernel": [{}, dict(BIAS=True)] for name in ("gate", "fwd", "dgate", "dy", "bwd")},
     "weight_norm_fwd_kernel": [{}, SHARED],
     "weight_norm_bwd_kernel": [{}, SHARED],
 }

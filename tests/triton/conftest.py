@@ -32,7 +32,7 @@ OPS = {
     "flow_cell": ["flow_cell_fwd", "flow_cell_bwd"],
     "pointwise_conv": ["pointwise_conv_fwd", "pointwise_conv_bwd"],
     "power_iteration": ["power_iteration_fwd", "power_iteration_bwd"],
-    "se_residual": ["se_residual_fwd", "se_residual_bwd"],
+    "se_residual": [f"se_residual_{name}" for name in ("fwd", "bwd", "dy_", "dx")],
     "residual_normal": [
         "residual_normal_fwd",
         "residual_normal_bwd",
