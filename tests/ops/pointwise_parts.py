@@ -29,11 +29,11 @@ def everything(act="identity", *, passed=False):
     return call
 
 
-def some(given):
+def some(given, channels=9):
     """(a call with these parts alone, its tensors)"""
-    x, weight, *rest = tensors(2, 9, 5, 7, 3, 4)
+    x, weight, *rest = tensors(2, channels, 5, 7, 3, 4)
     parts = dict(zip(("bias", "beside", "addend"), rest, strict=True))
-    weight = weight if "beside" in given else weight[:, :9].contiguous()
+    weight = weight if "beside" in given else weight[:, :channels].contiguous()
 
     def call(t, n, impl):
         return F.pointwise_conv(t[0], t[1], **dict(zip(given, t[2:], strict=True)), act="elu", impl=impl)

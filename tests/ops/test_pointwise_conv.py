@@ -16,6 +16,7 @@ from norms import (
     outcome,
     pointwise,
     same,
+    skipping,
     tensor,
 )
 from pointwise_parts import EMPTY, PARTS, everything, nothing, some
@@ -50,9 +51,19 @@ def test_with_all_that_may_be_added(within_budget, shape, act, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_and_x_handed_on_over_several_tasks(within_budget, dtype):
+    """Blocks of whole vectors and the rest of one, two tiles a task, a last task that is short."""
+    args = [image(3, 90, 19, 13), tensor(90, 90, 1, 1, scale=0.1), tensor(90)]
+    plain = lambda t, n, impl, **options: F.pointwise_conv(*t, act="elu", impl=impl, **options)  # noqa: E731
+    check(skipping(plain), args, [], within_budget, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("channels", [9, 600])
 @pytest.mark.parametrize("given", PARTS, ids=str)
-def test_each_part_alone(within_budget, given):
-    call, args = some(given)
+def test_each_part_alone(within_budget, given, channels):
+    call, args = some(given, channels)
     check(call, args, [], within_budget)
 
 
