@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from norms import check, check_stats, image, needs_native, norm, outcome, same, se, se_tensors, tensor
+from norms import bn_act, check, check_stats, image, needs_native, norm, outcome, same, se, se_tensors, tensor
 
 from nvae_fast import functional as F
+from nvae_fast.kernels.se_residual.ops import SEResidual
 
 pytestmark = needs_native
 # N, C, H, W, hidden
@@ -181,3 +182,18 @@ def test_auto_takes_the_native_code_for_channels_last_images_only():
     same(outcome(se, args, [], "auto"), outcome(se, args, [], "cpu"))
     args[0] = args[0].contiguous()
     same(outcome(se, args, [], "auto"), outcome(se, args, [], "reference"))
+
+
+def test_compiled_the_node_lends_nothing():
+    """What it lends on a GPU (_lent.py) would break the graph; here nobody could take it."""
+    leaves, n = [t.requires_grad_() for t in se_tensors(2, 9, 4, 3)], norm(9)
+
+    def two(lends, skip, x, *gate):
+        y, _ = SEResidual.apply(skip, x, None, *gate, 0.1, lends, False)
+        return bn_act([y], [n], "cpu")
+
+    found = [two(False, *leaves), torch.compile(two, fullgraph=True, backend="aot_eager")(True, *leaves)]
+    for ours, compiled in zip(*(torch.autograd.grad(y, leaves, tensor(2, 9, 4, 3)) for y in found), strict=True):
+        assert torch.equal(ours, compiled)
+    with pytest.raises(NotImplementedError, match="se_residual_dy_"):
+        torch.autograd.grad(two(True, *leaves), leaves, tensor(2, 9, 4, 3))

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from norms import bn_act, copied, image, leaf, norm, se_tensors, tensor
+from norms import bn_act, copied, image, leaf, norm, preact, preact_weights, se_tensors, tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,6 +138,21 @@ def test_cells_in_a_row(launches, monkeypatch, op):
     names, separate = (Counter(n for n in launched if not n.startswith("torch.")) for launched in (names, separate))
     assert names[JOINED] == 3 and names[OWN] == 1 and separate[OWN] == 4
     assert separate.total() - names.total() == 3
+
+
+def test_a_chain_of_3x3s(launches, monkeypatch):
+    tensors, weights, norms = se_tensors(1, 5, 8, 8), preact_weights(5, 4, 5), [norm(5), norm(4)]
+    found, names = [], []
+    for _ in range(2):
+        leaves = list(map(leaf, (*tensors, *weights)))
+        y = F.se_residual(*leaves[:6], impl="triton")
+        z, y = preact([y, *leaves[6:]], list(map(copied, norms)), "triton", return_x=1)
+        with launches() as launched:
+            found.append(torch.autograd.grad(z + y, leaves, tensor(1, 5, 8, 8)))
+        names.append(Counter(n for n in launched if n.startswith(("bn_act", "se_residual"))))
+        monkeypatch.setattr(_lent, "_lent_by", lambda ctx: None)
+    assert all(map(torch.equal, *found))
+    assert names[1] - names[0] == {OWN: 1, "bn_act_affine_kernel": 1} and names[0] - names[1] == {JOINED: 1}
 
 
 # ---- whose gradient it is
