@@ -66,6 +66,7 @@ CASES = [
     Case("ops", "se_residual", (16, 64, 16, 16)),
     Case("cell", "inverted_residual", (16, 32, 32, 32)),
     Case("cell", "inverted_residual", (8, 128, 16, 16)),
+    Case("cell", "preact_branch", (16, 32, 32, 32)),
     Case("cell", "cell", (32, 32, 8, 8)),
     Case("cell", "cell", (32, 64, 16, 16)),
 ]
@@ -89,7 +90,8 @@ GPU_CASES = [
     Case("ops", "logistic_mixture_log_prob", (4, 100, 256, 256)),
     Case("ops", "power_iteration", (100,)),
     Case("ops", "weight_norm", (53,)),
-    *(Case("cell", op, shape, torch.bfloat16) for op in ("inverted_residual", "cell") for shape in (CIFAR10, FFHQ256)),
+    *(Case("cell", op, shape, torch.bfloat16) for op in ("inverted_residual", "preact_branch", "cell")
+      for shape in (CIFAR10, FFHQ256)),
 ]  # fmt: skip
 """What a GPU is measured on: the shapes above would not fill it."""
 

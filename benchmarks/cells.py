@@ -1,15 +1,19 @@
-"""The branch and the residual cell of NVAE's decoder against the modules of torch.nn that say the same."""
+"""The branches and the residual cell of NVAE against what says the same in torch's own operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as tf
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from nvae_fast import functional as F
 from nvae_fast.benchmarks.ops import Inputs, Recipe, Tensors, filters, normal
 from nvae_fast.cells import Cell
+from nvae_fast.kernels import _auto
 from nvae_fast.kernels._impl import use_impl
 from nvae_fast.layers import InvertedResidual
 
@@ -101,7 +105,47 @@ class ModuleRecipe(Recipe):
         """No number: it depends on what is fused with what."""
 
 
+class PreactBranch(Recipe):
+    """The branch of an encoder cell: BN, Swish and a 3 x 3 convolution, twice."""
+
+    parts = ("conv2d",)
+
+    def make(self, shape: Sequence[int], dtype: torch.dtype, g: Generator) -> Inputs:
+        c = shape[1]
+        weights = [filters(g, c, c, 3, 3).to(dtype) for _ in range(2)]
+        affine = [shift + normal(g, c, scale=0.1) for _ in range(2) for shift in (1, 0)]
+        return Inputs(
+            [normal(g, *shape).to(dtype), *weights, *affine], [f(c) for _ in range(2) for f in (torch.zeros, torch.ones)]
+        )
+
+    def ours(self, impl: str, inputs: Inputs) -> Tensors:
+        x, *weights = inputs.leaves[:3]
+        affine, running = (zip(t[::2], t[1::2], strict=True) for t in (inputs.leaves[3:], inputs.data))
+        norms = [F.Norm(*a, *r) for a, r in zip(affine, running, strict=True)]
+        return [F.preact_branch(x, weights, norms, act="swish", impl=impl)]
+
+    def plain(self, inputs: Inputs) -> Tensors:
+        y, *weights = inputs.leaves[:3]
+        for i, weight in enumerate(weights):
+            affine, running = inputs.leaves[3 + 2 * i : 5 + 2 * i], inputs.data[2 * i : 2 * i + 2]
+            u = tf.batch_norm(y, *running, *affine, True, 0.05, 1e-5)
+            y = tf.conv2d(tf.silu(u), weight, padding=1)
+        return [y]
+
+    def around_cudnn(self, inputs: Inputs) -> Tensors:
+        """Ours, without convolutions of our own."""
+        with patch.object(_auto, "TRITON", {}):
+            return self.ours("auto", inputs)
+
+    def rivals(self, device: torch.device) -> dict[str, Callable[[Inputs], Tensors]]:
+        return {"around_cudnn": self.around_cudnn} if device.type == "cuda" else {}
+
+    def traffic(self, inputs: Inputs, outputs: Tensors) -> None:
+        """No number, as above."""
+
+
 CELLS: dict[str, Recipe] = {
+    "preact_branch": PreactBranch(),
     "inverted_residual": ModuleRecipe(lambda c: InvertedResidual(c, c, expansion=EXPANSION, **BN), PlainBranch),
     "cell": ModuleRecipe(lambda c: Cell(c, c, [f"mconv_e{EXPANSION}k5g0"], stride=1, use_se=True), PlainCell),
 }

@@ -50,8 +50,8 @@ class Recipe(ABC):
     @abstractmethod
     def plain(self, inputs: Inputs) -> Tensors: ...
 
-    def rivals(self) -> dict[str, Callable[[Inputs], Tensors]]:
-        """Further plain forms that compete, by name, on the inputs of "eager"."""
+    def rivals(self, device: torch.device) -> dict[str, Callable[[Inputs], Tensors]]:
+        """Further forms that compete, by name, there, on channels-last inputs."""
         return {}
 
     def given(self, inputs: Inputs) -> list[Tensor]:

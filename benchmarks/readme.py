@@ -26,6 +26,7 @@ LABELS = {
     "train_step": "training step, `{case}`, batch {batch}",
     "sample": "sampling, `{case}`",
     "inverted_residual": "decoder cell branch {shape}",
+    "preact_branch": "encoder cell branch {shape}",
     "cell": "decoder cell {shape}",
     "bn_swish_depthwise": "BN + Swish + depthwise 5x5 {shape}",
     "power_iteration": "`power_iteration`, 4 rounds of {count} matrices",
@@ -35,6 +36,7 @@ LABELS = {
 RIVALS = {"eager_channels_last": "channels-last eager", "eager": "NCHW eager", "compile": "torch.compile"}
 OTHERS = {
     "eager_loop": "loop over matrices",
+    "around_cudnn": "ours around cuDNN",
     "adam_fused": "torch's fused Adam",
     "nvlabs": "NVlabs/NVAE",
     "ours:graph": "ours as one graph",

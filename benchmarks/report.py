@@ -23,10 +23,10 @@ COPY_BYTES = 2**28  # many times what a cache holds
 def document(rows: list[Row], device: torch.device) -> dict[str, Any]:
     """The whole run as JSON holds it. What does not apply is None, such as `commit` and `dirty` outside a git checkout.
 
-    A row's `impl` is ours:<implementation>, eager, eager_channels_last or compile, another stock form by its name (eager_loop,
-    adam_fused), a step replayed as one CUDA graph (ours:graph, eager_graph), or nvlabs, the published code; max_autotune is a
-    name kept for runs that have it. Rows of the suite memory also have per_image_bytes, largest_batch, budget_bytes and traced;
-    their `check` is None where no numbers were computed.
+    A row's `impl` is ours:<implementation>, eager, eager_channels_last or compile, another form by its name (eager_loop,
+    adam_fused, around_cudnn), a step replayed as one CUDA graph (ours:graph, eager_graph), or nvlabs, the published code;
+    max_autotune is a name kept for runs that have it. Rows of the suite memory also have per_image_bytes, largest_batch,
+    budget_bytes and traced; their `check` is None where no numbers were computed.
     `bytes` is what the op has to move, `copy_share` how near that comes to a copy (above 1 where caches hold it). `launches`
     counts the kernels of a GPU.
     """

@@ -21,6 +21,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 RIVALS = {"eager": "contiguous", "eager_channels_last": "channels_last"}
 """The plain composition by the layout of its inputs; "compile" is the second of them under torch.compile."""
 LAYOUTS = RIVALS | {"compile": "channels_last"}
+OTHERS = "channels_last"  # the layout of further rivals' inputs, as of our own
 SECONDS = 30.0
 """A case ends after this time even if it had fewer rounds (at least 3)."""
 
@@ -72,8 +73,8 @@ def contenders(
         runners[f"ours:{impl}"] = _runner(partial(case.recipe.ours, impl), ours, gradients)
     for name, layout in RIVALS.items():
         runners[name] = _runner(case.recipe.plain, inputs[layout], gradients)
-    for name, function in case.recipe.rivals().items():
-        runners[name] = _runner(function, inputs[RIVALS["eager"]], gradients)
+    for name, function in case.recipe.rivals(device).items():
+        runners[name] = _runner(function, inputs[OTHERS], gradients)
     if compiled:
         rival = _compiled(runners["eager_channels_last"], say)
         runners |= {"compile": rival} if rival else {}
@@ -119,7 +120,7 @@ def measure(
                     "op": case.op,
                     "shape": list(case.shape),
                     "dtype": case.dtype_name,
-                    "layout": case.layout if name.startswith("ours:") else LAYOUTS.get(name, "contiguous"),
+                    "layout": case.layout if name.startswith("ours:") else LAYOUTS.get(name, OTHERS),
                     "impl": name,
                     "phase": phase,
                     **time._asdict(),

@@ -13,6 +13,7 @@ from nvae_fast.benchmarks.suite import RIVALS, check, contenders
 
 IMAGES = ((2, 32, 16, 16), (3, 20, 7, 5), (1, 33, 12, 9), (2, 72, 1, 3), (1, 8, 40, 36))
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "preact_branch": ((2, 32, 16, 16), (3, 20, 7, 5), (1, 33, 8, 24), (1, 72, 40, 8)),
     "residual_normal": ((2, 20, 8, 8), (3, 5, 7, 3), (1, 1, 1, 1)),
     "logistic_mixture_log_prob": ((2, 100, 8, 8), (1, 100, 5, 7)),
     "power_iteration": ((100,),),

@@ -40,7 +40,7 @@ class PowerIteration(Recipe):
         sigma, u, v = power_iteration.power_iteration(inputs.leaves, inputs.data[::2], inputs.data[1::2], iterations=ITERATIONS)
         return [sigma, *u, *v]
 
-    def rivals(self) -> dict[str, Callable[[Inputs], Tensors]]:
+    def rivals(self, device: torch.device) -> dict[str, Callable[[Inputs], Tensors]]:
         """One matrix after another, as the regulariser is usually written."""
         return {"eager_loop": self.loop}
 

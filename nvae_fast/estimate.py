@@ -47,8 +47,9 @@ class Tracer:
     largest configurations half a minute; its memory is that of their bookkeeping.
 
     precision: "fp32", "bf16" or "fp16" (autocast); ema: whether a moving average of the weights is kept. The native
-    implementations are traced where they are installed: those of a GPU keep the same tensors. rival: a function of the model
-    that returns another one with its parameters, to be traced on torch's own operations; layout: of images and weights.
+    implementations are traced where they are installed: those of a GPU keep the same tensors, or in "fast" fewer (`ActConv`).
+    rival: a function of the model that returns another one with its parameters, to be traced on torch's own operations;
+    layout: of images and weights.
     """
 
     def __init__(self, config: NVAEConfig, *, precision: str = "fp32", ema: bool = False,

@@ -21,6 +21,7 @@ SMALL = [
     Case("ops", "flow_cell", (2, 4, 6, 6)),
     Case("ops", "se_residual", (2, 32, 4, 4)),
     Case("cell", "inverted_residual", (2, 4, 6, 6)),
+    Case("cell", "preact_branch", (2, 4, 8, 8)),
     Case("cell", "cell", (2, 4, 6, 6)),
 ]
 """Every recipe once at least, each a few milliseconds."""

@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
+from norms import needs_native
+from own_conv import on_cpu
 
 from nvae_fast.benchmarks import memory, optimizer, report, sampling, steps, suite
-from nvae_fast.benchmarks.cases import Case
+from nvae_fast.benchmarks.cases import RECIPES, Case
 from nvae_fast.benchmarks.weights import PowerIteration
 from nvae_fast.cli import main
 from nvae_fast.errors import InputError
@@ -106,6 +108,20 @@ def test_a_wrong_optimiser_is_seen(monkeypatch, impl):
     monkeypatch.setitem(optimizer.RULES, impl, (lambda p, **options: make(p, **options | {"eps": 1e-4}), rule))
     rows = optimizer.measure_optimizer(rounds=3, device=CPU, copy_rate=1e10, count=5)
     assert [row["impl"] for row in rows if not row["check"]["ok"]] == [impl]
+
+
+@needs_native
+def test_a_branch_competes_with_itself_around_cudnn():
+    recipe, inputs = RECIPES["preact_branch"], Case("cell", "preact_branch", (2, 4, 8, 8)).inputs()
+    assert not recipe.rivals(CPU)
+    (other,) = recipe.rivals(torch.device("cuda")).values()
+    with on_cpu(), torch.profiler.profile() as found:
+        y = recipe.ours("triton", inputs)[0]
+    own = "nvae_fast::conv2d_fwd"
+    assert sum(event.name == own for event in found.events()) == 2
+    with on_cpu(), torch.profiler.profile() as found:
+        torch.testing.assert_close(other(inputs)[0], y)
+    assert not any(event.name == own for event in found.events())
 
 
 def test_the_loop_over_matrices_competes():
