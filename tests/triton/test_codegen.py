@@ -53,7 +53,8 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
             for width in ("32", "64"):
                 row["loads"].pop(width, 0), row["stores"].pop(width, 0)
         if "_conv_" in row["kernel"] or row["kernel"] in TAPS:  # tables, a value a thread: at most three of them, three times
-            assert row["loads"].pop("32", 0) <= 18 and row["stores"].pop("32", 0) <= 18, row  # ahead; sums and tables out
+            most = 34 if row["kernel"] == TAPS[2] else 18  # ahead; sums and tables out, a weight of rows of odd length
+            assert row["loads"].pop("32", 0) <= 18 and row["stores"].pop("32", 0) <= most, row
         if row["kernel"] in (
             "bn_act_stats_kernel",
             "depthwise_conv_fwd_kernel",
@@ -152,12 +153,14 @@ def test_adamax_reads_and_writes_an_arena_16_bytes_at_a_time(rows):
 
 def test_nothing_spills_into_local_memory(rows):
     """But for a few values of depthwise_conv's backward on sm_80, doubled in float32, with stride 2 in 16 bits, and for the
-    last programs of bn_act_stats and se_residual, which finish a normalisation or a gate: ptxas prefers 128 and 168, 72, 64 and
-    48 registers to more. `local` has the bytes of the stack, and of stores to it and loads."""
+    last programs of bn_act_stats, conv2d and se_residual, which finish a normalisation or a gate: ptxas prefers 128 and 168,
+    72, 64 and 48 registers to more. `local` has the bytes of the stack, and of stores to it and loads."""
     stack = {("depthwise_conv_bwd_kernel", "fp32", 80): 56, ("depthwise_conv_bwd_kernel", "fp16", 80): 24}
     stack |= {("bn_act_stats_kernel", "fp16", 90): 16, ("se_residual_fwd_kernel", "fp32", 90): 24}
     stack["se_residual_gate_kernel", "fp32", 90] = 16  # with 64-bit offsets
     stack["residual_normal_bwd_kernel", "fp32", 90] = 16  # where nothing else reaches the prior
+    stack |= {(TAPS[0], "fp16", 80): 44, (TAPS[0], "fp32", 80): 20, (TAPS[1], "fp16", 80): 48, (TAPS[1], "fp32", 80): 16}
+    stack[TAPS[1], "fp32", 90] = 120
     spilling = [row for row in rows if row["local"] > stack.get((row["kernel"], row["storage"], row["arch"]), 0)]
     spilling += [row for row in rows if row["local"] and row["registers"] > 168]
     assert not spilling
