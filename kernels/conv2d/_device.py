@@ -19,7 +19,6 @@ from nvae_fast.kernels.pointwise_conv._device import load_activated, load_gradie
 
 TILE_H = tl.constexpr(TILE)
 PIXELS = tl.constexpr(64)  # of an area, written at a time
-SLICE, AT_ONCE = tl.constexpr(32), tl.constexpr(4)  # rows of a tile of the weight, and parts of it, that are added at a time
 
 
 @triton.jit
@@ -129,39 +128,3 @@ def join_shares(total, shares_ptr, ticket_ptr, share, SHARES: tl.constexpr):
         for i in range(0, SHARES):
             total += tl.load(shares_ptr + i * SIZE + at, cache_modifier=".cg")
     return last, total
-
-
-@triton.jit
-def add_tiles(parts_ptr, first, last, to_ptr, n0, tap, k, N, K, to_n, to_k, BLOCK_N: tl.constexpr):
-    """to [., .], of strides to_n and to_k: the sum of parts first to last - 1, [., N, 9, K], in float64; of BLOCK_N rows from
-    n0 and the columns k of a tap"""
-    ROWS: tl.constexpr = min(SLICE, BLOCK_N)
-    for j in range(0, BLOCK_N, ROWS):
-        n = n0 + j + tl.arange(0, ROWS)
-        inside = (n < N)[:, None] & (k < K)[None, :]
-        at = ((n * 9 + tap) * K)[:, None] + k[None, :]
-        total = tl.zeros([ROWS, k.shape[0]], tl.float64)
-        for t0 in range(first, last, AT_ONCE):
-            t = t0 + tl.arange(0, AT_ONCE)
-            start = (t.to(tl.int64) * (9 * N * K))[:, None, None]
-            mask = (t < last)[:, None, None] & inside[None, :, :]
-            part = tl.load(parts_ptr + (start + at[None, :, :]), mask=mask, other=0.0, cache_modifier=".cg")
-            total += tl.sum(part.to(tl.float64), 0)
-        tl.store(to_ptr + n[:, None] * to_n + k[None, :] * to_k, total.to(to_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def join_tiles(parts_ptr, tickets_ptr, task, TASKS, GROUP, to_ptr, n0, tap, k, N, K, to_n, to_k, BLOCK_N: tl.constexpr):
-    """The same sum over all TASKS of parts [TASKS + groups, N, 9, K], by the last program to call this; each must have stored
-    its part before. tickets [1 + groups] are those of these rows, columns and tap."""
-    group, first = task // GROUP, task // GROUP * GROUP
-    last = tl.minimum(first + GROUP, TASKS)
-    if arrive(tickets_ptr + 1 + group, last - first):
-        if GROUP < TASKS:
-            above = parts_ptr + (TASKS + group).to(tl.int64) * (9 * N * K)
-            add_tiles(parts_ptr, first, last, above + tap * K, n0, tap, k, N, K, 9 * K, 1, BLOCK_N)
-            groups = tl.cdiv(TASKS, GROUP)
-            if arrive(tickets_ptr, groups):
-                add_tiles(parts_ptr, TASKS, TASKS + groups, to_ptr, n0, tap, k, N, K, to_n, to_k, BLOCK_N)
-        else:
-            add_tiles(parts_ptr, first, last, to_ptr, n0, tap, k, N, K, to_n, to_k, BLOCK_N)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from nvae_fast.kernels.conv2d.ops import TILE
 
 PROGRAMS = 128  # that a GPU should get: about one for each of its multiprocessors
 SHARES = 8  # of a tile's sum over channels at most
-JOINED = 4  # tasks of a weight that are joined at once
+TASKS = 16  # of a tile of the weight at most, where there is a smaller tile: the last ones read what all have
 # By size of a stored value: tiles [pixels, columns], the channels summed over at a time, warps and stages; the largest first.
 TILES = {
     2: ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4)),
@@ -64,18 +63,16 @@ def plan_taps(x: Tensor, columns: int, depth: int, dilation: int, mapped: bool) 
     return Plan(block_m, block_n, block_k, tiles * shares, scratch, options)
 
 
-def plan_weight(a: Tensor, rows: int, columns: int, depth: int) -> tuple[int, int, int, int, dict[str, int]]:
-    """(tiles of the weight's gradient [columns, 9, depth], tasks, rows of a task, tasks joined at once, options). Few
-    tasks: the last one reads what all have."""
+def plan_weight(a: Tensor, rows: int, columns: int, depth: int) -> tuple[int, int, int, dict[str, int]]:
+    """(tiles of the weight's gradient [columns, 9, depth], tasks, rows of a task, options)"""
     count = lambda t: 9 * triton.cdiv(columns, t[0]) * triton.cdiv(depth, t[1])  # noqa: E731
     table = DWEIGHT[a.element_size()]
-    tile = next((t for t in table if count(t) * JOINED >= PROGRAMS), table[-1])
-    *most, block_m, warps, stages = tile
+    enough = (t for t in table if count(t) * TASKS >= PROGRAMS and 2 * columns > t[0] and 2 * depth > t[1])
+    *most, block_m, warps, stages = tile = next(enough, table[-1])
     block_n, block_k = (max(_triton.power_of_2(n, m), 16) for n, m in zip((columns, depth), most, strict=True))
     tasks, chunk = _triton.tasks(rows, 4 * block_m, PROGRAMS // count(tile))
-    group = tasks if tasks <= JOINED else math.isqrt(tasks - 1) + 1
     options = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
-    return count(tile), tasks, chunk, group, options
+    return count(tile), tasks, chunk, options
 
 
 def rounded(channels: int) -> int:

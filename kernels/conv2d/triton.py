@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels._join import GROUPS, NO_JOIN, join, joined_stats, joined_sums
+from nvae_fast.kernels._join import GROUPS, NO_JOIN, join, join_tile, join_tiles, joined_stats, joined_sums
 from nvae_fast.kernels._norm import Following
 from nvae_fast.kernels._tile import (
     MEAN,
@@ -30,7 +30,7 @@ from nvae_fast.kernels._tile import (
 )
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, store_stats, zero_stats
-from nvae_fast.kernels.conv2d._device import add_taps, join_shares, join_tiles, map_activated, map_gradient, pixels_of
+from nvae_fast.kernels.conv2d._device import add_taps, join_shares, map_activated, map_gradient, pixels_of
 from nvae_fast.kernels.conv2d._plan import plan_taps, plan_weight, rounded
 from nvae_fast.kernels.conv2d.ops import fits
 from nvae_fast.kernels.pointwise_conv._device import load_activated
@@ -134,11 +134,11 @@ def conv2d_du_kernel(dy_ptr, y_ptr, c_ptr, x_ptr, bn_ptr, w_ptr, du_ptr, g_ptr, 
 
 
 @triton.jit
-def conv2d_dweight_kernel(g_ptr, a_ptr, dw_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, CHUNK, M, K, N, dw_n, dw_k, dw_h, dw_w,
+def conv2d_dweight_kernel(g_ptr, a_ptr, dw_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, CHUNK, M, K, N,
                           H: tl.constexpr, W: tl.constexpr, DILATION: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr,
                           UNIT_N: tl.constexpr, PITCH_G: tl.constexpr, PITCH_A: tl.constexpr, BLOCK_M: tl.constexpr,
                           BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """dw = G^T A of every tap, A moved by it and 0 outside the image, from parts [tasks, N, 9, K] of CHUNK rows each, or
+    """dw [N, 9, K] = G^T A of every tap, A moved by it and 0 outside the image, from parts [tasks, N, 9, K] of CHUNK rows each;
     at once where there is one task alone. Rows of G [M, PITCH_G] and A [M, PITCH_A] end with zeros."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
     across, down = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)
@@ -157,14 +157,13 @@ def conv2d_dweight_kernel(g_ptr, a_ptr, dw_ptr, parts_ptr, tickets_ptr, TASKS, G
         a = tl.load(a_ptr + at, mask=seen[:, None] & (k < PITCH_A)[None, :], other=0.0)
         total = tl.dot(tl.trans(g), a, total, input_precision="ieee")
     inside = (n < N)[:, None] & (k < K)[None, :]
-    dw_ptr += tap // 3 * dw_h + tap % 3 * dw_w
+    at = (n * (9 * K))[:, None] + (tap * K + k)[None, :]
     if parts_ptr is None:
-        tl.store(dw_ptr + n[:, None] * dw_n + k[None, :] * dw_k, total.to(dw_ptr.dtype.element_ty), mask=inside)
+        tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=inside)
     else:
-        at = ((n * 9 + tap) * K)[:, None] + k[None, :]
         tl.store(parts_ptr + task.to(tl.int64) * (9 * N * K) + at, total, mask=inside)
-        tickets = tickets_ptr + tile * (1 + tl.cdiv(TASKS, GROUP))
-        join_tiles(parts_ptr, tickets, task, TASKS, GROUP, dw_ptr, n0, tap, k, N, K, dw_n, dw_k, BLOCK_N)
+        join_tile(parts_ptr + tap * K, tickets_ptr, dw_ptr + tap * K, task, tile, n0, k, N, K, 9 * K, 9 * N * K, TASKS, GROUP,
+                  BLOCK_N)  # fmt: skip
 
 
 def conv2d_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool,
@@ -219,18 +218,28 @@ def conv2d_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Te
 def _dweight(g: Tensor, a: Tensor, dweight: Tensor, sizes: dict[str, int], dilation: int, wide: bool) -> None:
     """By tasks of rows, of which the last joins what all have of a tile of the weight"""
     rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
-    tiles, tasks, chunk, group, options = plan_weight(a, rows, out, fan)
-    parts = tickets = None
-    if tasks > 1:
-        groups = triton.cdiv(tasks, group)
-        parts = a.new_empty(tasks + groups, out, 9, fan, dtype=torch.float32)
-        tickets = _triton.tickets(a.device, tiles * (1 + groups))
+    tiles, tasks, chunk, options = plan_weight(a, rows, out, fan)
+    dense = dweight.is_contiguous(memory_format=torch.channels_last)
+    found = dweight if dense else torch.empty_like(dweight, memory_format=torch.channels_last)
     conv2d_dweight_kernel[(tiles * tasks,)](
-        *(g, a, dweight, parts, tickets, tasks, group, chunk, rows, fan, out, *dweight.stride(), sizes["H"], sizes["W"]),
+        *(
+            g,
+            a,
+            found,
+            *join_tiles(a, tasks, dweight.numel(), tiles, NO_JOIN, 0),
+            chunk,
+            rows,
+            fan,
+            out,
+            sizes["H"],
+            sizes["W"],
+        ),
         **dict(DILATION=dilation, WIDE=wide, UNIT_K=sizes["UNIT_K"], UNIT_N=sizes["UNIT_N"]),
         **dict(PITCH_G=g.shape[1], PITCH_A=a.shape[1]),
         **options,
     )
+    if not dense:
+        dweight.copy_(found)
 
 
 def _arguments(x: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor, dict[str, int]]:

@@ -137,7 +137,7 @@ TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 SHARED = dict(RESULT=tl.bfloat16, GIVEN=tl.bfloat16, TERMS=True)  # for all that a pass under autocast computes with
 FIXED = {  # what the one launcher of a kernel says, by the first letters of its name
     "conv2d": dict(SHARES=1, DILATION=1, DEPTH=192, SPACE=192, TILE_W=8, PITCH_A=192, PITCH_G=192),
-    "conv2d_dweight": dict(H=32, W=32, dw_k=1),
+    "conv2d_dweight": dict(H=32, W=32),
     "flow_cell": dict(PITCH=128, TILE_N=1, TILE_H=16, TILE_W=16, BLOCK_E=32, BLOCK_H=64, BLOCK_Z=32, BLOCK_K=32, num_warps=8),
     "flow_cell_join": dict(BLOCK_T=16, num_warps=4),
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
@@ -189,7 +189,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         | {n: None if n.endswith("_ptr") or n == "norm" else 1 for n in absent}
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_B", "UNIT_N"), 1 if ones else unit)
     )
-    multiples = ("C", "K", "B", "N", "WIDTH", "ELEMENTS", "SPAN", "dw_n", "dw_h", "dw_w") if unit == 16 else ()
+    multiples = ("C", "K", "B", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
     kinds = {}
     for n in names:
         pointed = storage if n in STORED else KINDS.get(n, "fp32")

@@ -72,10 +72,8 @@ def test_values_and_gradients(within_budget, shape, way, dtype):
     check(arguments(shape, way, dtype)[1], dtype, within_budget)
 
 
-@pytest.mark.parametrize(("tasks", "at_once"), [(9, 2), (5, 5)])  # in three groups; in one of more than are read at a time
-def test_many_tasks_of_a_weight_are_joined(monkeypatch, within_budget, tasks, at_once):
-    monkeypatch.setattr(_plan, "JOINED", at_once)
-    check(arguments((tasks, 3, 4, 8, 8, 1))[1], FLOAT, within_budget)
+def test_many_tasks_of_a_weight_are_joined(within_budget):
+    check(arguments((9, 3, 4, 8, 8, 1))[1], FLOAT, within_budget)  # nine, in two groups
 
 
 @pytest.mark.parametrize("way", ["norms", "none"])
