@@ -63,4 +63,5 @@ def last_pass(ctx: Any, du: Tensor, x: Tensor, c: Tensor, also: Sequence[Tensor]
 
 def _lent_by(ctx: Any) -> Lent | None:
     node, output = ctx.next_functions[0]
-    return getattr(node, "lent", None) if output == 0 else None
+    lent = getattr(node, "lent", None)
+    return lent if output == 0 and isinstance(lent, Lent) else None
