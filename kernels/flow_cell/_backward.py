@@ -2,7 +2,7 @@
 way, so that its maps are [SPACE, BLOCK_E], and leaves what adds up over blocks or over tiles:
 
 dz_parts [blocks, pixels, Z]: the last program of a task to end adds them, those of its tiles
-parts [tasks, 10 Z + 26, WIDTH], rows of w_in (tap by tap), w_dw, w_out, bias: the second kernel adds them, for many cells
+parts [tasks + groups, 10 Z + 26, WIDTH], rows of w_in (tap by tap), w_dw, w_out, bias: _sums.py
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from nvae_fast.kernels.flow_cell._device import (
     take_taps,
     within,
 )
+from nvae_fast.kernels.flow_cell._sums import join_weights
 
 
 @triton.jit
@@ -65,13 +66,14 @@ def add_taps(parts, h1_ptr, da2_ptr, start, area, home, e, again, H, W, Z, WIDTH
 
 
 @triton.jit
-def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_ptr, dz_parts_ptr, parts_ptr, h1_ptr, taps_ptr,
-                         tickets_ptr, IMAGES, H, W, Z, E, TILES, SPACE, WIDTH, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_ptr, dz_parts_ptr, d_in_ptr, d_dw_ptr, d_out_ptr,
+                         d_bias_ptr, parts_ptr, tickets_ptr, h1_ptr, taps_ptr, IMAGES, H, W, Z, E, TILES, SPACE, I0, I1, I2, I3,
+                         WIDTH, GROUP, PRECISION: tl.constexpr, WIDE: tl.constexpr,
                          UNIT: tl.constexpr, PIXELS: tl.constexpr, TILE_N: tl.constexpr, TILE_H: tl.constexpr,
                          TILE_W: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_K: tl.constexpr,
                          BLOCK_E: tl.constexpr):  # fmt: skip
-    """From a task's tiles, every TASKS-th: a block's share of dz - dy and of the weights' gradients, and from the last of a
-    task's programs dz."""
+    """From a task's tiles, every TASKS-th: a block's share of dz - dy and of the weights' gradients; from the last of a task's
+    programs dz, and from the last of a block's the gradients (I: strides of that of w_in)."""
     task, block, tasks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     c, column, Z = tl.arange(0, BLOCK_Z), tl.arange(0, BLOCK_E), multiple(Z, UNIT)
     own = task.to(tl.int64) * tl.num_programs(1) + block
@@ -156,6 +158,8 @@ def flow_cell_bwd_kernel(dy_ptr, z_ptr, w_in_ptr, w_dw_ptr, w_out_ptr, dz_ptr, d
     if arrive(tickets_ptr + task, tl.num_programs(1)):
         add_blocks(dz_parts_ptr, dy_ptr, dz_ptr, task, tl.num_programs(1), IMAGES, H, W, Z, TILES, WIDE, PIXELS, TILE_N, TILE_H,
                    TILE_W, BLOCK_Z)  # fmt: skip
+    gradients = d_in_ptr, d_dw_ptr, d_out_ptr, d_bias_ptr
+    join_weights(parts_ptr, tickets_ptr + tasks, gradients, (I0, I1, I2, I3), task, block, tasks, GROUP, Z, E, WIDTH, BLOCK_E)
 
 
 @triton.jit
@@ -175,27 +179,3 @@ def add_blocks(dz_parts_ptr, dy_ptr, dz_ptr, task, BLOCKS, IMAGES, H, W, Z, TILE
                 share += pitch
             dz += load_channels(dy_ptr, m, inside, c, Z)
             tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def flow_cell_join_kernel(parts_ptr, d_in_ptr, d_dw_ptr, d_out_ptr, d_bias_ptr, Z, E, I0, I1, I2, I3, TASKS, WIDTH,
-                          BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """Adds a row of a cell's `parts` [cells, tasks, 10 Z + 26, WIDTH] over the tasks, in float64 and in order, and puts it
-    where its gradient wants it (I: strides of that of w_in), which lies behind that of the cell before."""
-    across, cell = tl.cdiv(WIDTH, BLOCK_C), tl.program_id(1).to(tl.int64)
-    row, e = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float64)
-    for t0 in range(0, TASKS, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        at = ((cell * TASKS + t) * (10 * Z + 26) + row)[:, None] * WIDTH + e[None, :]
-        total += tl.load(parts_ptr + at, mask=(t < TASKS)[:, None] & (e < WIDTH)[None, :], other=0.0).to(tl.float64)
-    value = tl.sum(total, 0).to(tl.float32)
-    if row < 9 * Z:
-        to = d_in_ptr + cell * 9 * Z * E + (row % Z * I1 + row // Z // 3 * I2 + row // Z % 3 * I3)
-        tl.store(to + e * I0, value.to(d_in_ptr.dtype.element_ty), mask=e < E)
-    elif row < 9 * Z + 25:
-        tl.store(d_dw_ptr + (cell * E + e) * 25 + (row - 9 * Z), value.to(d_dw_ptr.dtype.element_ty), mask=e < E)
-    elif row < 10 * Z + 25:
-        tl.store(d_out_ptr + (cell * Z + row - 9 * Z - 25) * E + e, value.to(d_out_ptr.dtype.element_ty), mask=e < E)
-    else:
-        tl.store(d_bias_ptr + cell * Z + e, value.to(d_bias_ptr.dtype.element_ty), mask=e < Z)

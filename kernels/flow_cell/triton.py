@@ -10,17 +10,17 @@ import triton
 from torch import Tensor
 
 from nvae_fast.kernels import _triton
-from nvae_fast.kernels.flow_cell._backward import flow_cell_bwd_kernel, flow_cell_join_kernel
+from nvae_fast.kernels.flow_cell._backward import flow_cell_bwd_kernel
 from nvae_fast.kernels.flow_cell._device import flow_cell_fwd_kernel
+from nvae_fast.kernels.flow_cell._sums import sums
 
 PIXELS = 64  # of a piece of bfloat16; of others half of that, for products of six take registers
 BLOCK_H = 64  # hidden channels of a piece of h1, forward
 LEAST, MOST = 8, (16, 32)  # side of a tile; MOST: forward, backward, where three maps around a tile are computed again
 PROGRAMS = 128  # the largest tiles are taken that give as many programs: about an H100's multiprocessors
 TASKS = (
-    512,
-    128,
-)  # most programs (backward: of a block of channels, each with 10 Z + 26 rows of sums), which then take more tiles
+    128  # most programs (backward: of a block of channels), which then take more tiles: their scratches stay in the L2 cache
+)
 
 
 class Plan(NamedTuple):
@@ -67,28 +67,23 @@ def flow_cell_bwd(dy: Tensor, zs: Sequence[Tensor], weights: Sequence[Tensor]) -
         for memory in kept:
             memory.zero_()
         return found
-    plan, (channels, hidden) = _plan(z, w_in, backward=True), (z.shape[1], w_in.shape[0])
+    plan, channels = _plan(z, w_in, backward=True), z.shape[1]
     block_e, block_z = plan.constants["BLOCK_E"], plan.constants["BLOCK_Z"]
     width = max(plan.blocks * block_e, block_z)
     dz_parts = z.new_empty(plan.blocks, z.numel(), dtype=torch.float32)
-    parts = z.new_empty(len(cells), plan.tasks, 10 * channels + 26, width, dtype=torch.float32)
-    scratch, tickets = _scratch(plan, z, block_e, maps=2), _triton.tickets(z.device, plan.tasks)
+    parts, tickets, group = sums(z, plan.tasks, plan.blocks, channels, width)
+    scratch = _scratch(plan, z, block_e, maps=2)
     for k in reversed(range(len(cells))):
         to = _image_of(torch.empty_like(z, memory_format=torch.channels_last) if k else dz)
         flow_cell_bwd_kernel[(plan.tasks, plan.blocks)](
-            *(g, images[k], *_dense(*cells[k][:3]), to, dz_parts, parts[k], *scratch, tickets),
+            *(g, images[k], *_dense(*cells[k][:3]), to, dz_parts, *(memory[k] for memory in kept), parts, tickets, *scratch),
             *_sizes(plan, z, w_in),
-            width,
+            *(*kept[0].stride()[1:], width, group),
             **plan.constants,
         )
         g = to
     if g is not dz:
         dz.copy_(g)
-    flow_cell_join_kernel[((10 * channels + 26) * triton.cdiv(width, 64), len(cells))](
-        *(parts, *kept, channels, hidden, *kept[0].stride()[1:], plan.tasks, width),
-        BLOCK_T=16,
-        BLOCK_C=64,
-    )
     return found
 
 
@@ -139,7 +134,7 @@ def _plan(z: Tensor, w_in: Tensor, backward: bool) -> Plan:
     return Plan(
         blocks,
         tiles,
-        min(tiles, TASKS[backward]),
+        min(tiles, TASKS),
         images * min(tile_h + around, height) * min(tile_w + around, width),
         torch.bfloat16 if half else torch.float32,
         dict(PRECISION="tf32" if half else "ieee" if triton.knobs.runtime.interpret else "bf16x6",

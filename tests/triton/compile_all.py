@@ -139,7 +139,6 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "conv2d": dict(SHARES=1, DILATION=1, DEPTH=192, SPACE=192, TILE_W=8, PITCH_A=192, PITCH_G=192),
     "conv2d_dweight": dict(H=32, W=32),
     "flow_cell": dict(PITCH=128, TILE_N=1, TILE_H=16, TILE_W=16, BLOCK_E=32, BLOCK_H=64, BLOCK_Z=32, BLOCK_K=32, num_warps=8),
-    "flow_cell_join": dict(BLOCK_T=16, num_warps=4),
     "power_iteration": dict(BLOCK=1024, BLOCK_R=256, BLOCK_K=32, BLOCK_T=16, BLOCK_C=256, num_warps=16),
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),

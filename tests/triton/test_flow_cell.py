@@ -41,15 +41,26 @@ def test_float32_weights_and_an_input_of_16_bits(dtype, within_budget):
     check([args[0].to(dtype), *args[1:]], dy.to(dtype), within_budget)
 
 
-@pytest.mark.parametrize("kind", ["masked", "mirrored"])
-def test_tiles_see_what_is_around_them_in_any_number_of_pieces_and_reruns(kind, monkeypatch, within_budget):
+@pytest.mark.parametrize(("kind", "tasks"), [("masked", 2), ("mirrored", 3)])
+def test_tiles_see_what_is_around_them_in_any_number_of_pieces_and_reruns(kind, tasks, monkeypatch, within_budget):
     from nvae_fast.kernels.flow_cell import triton
 
     args, dy = make(1, 2, 6, 7, 5, kind=kind)
-    for name, value in dict(LEAST=4, MOST=(4, 4), TASKS=(3, 2), PIXELS=64).items():  # four tiles, two a program
+    for name, value in dict(LEAST=4, MOST=(4, 4), TASKS=tasks, PIXELS=64).items():  # four tiles, one or two a program
         monkeypatch.setattr(triton, name, value)
     check(args, dy, within_budget)
     assert same(run(args, dy, "triton"), run(args, dy, "triton"))
+
+
+def test_weights_are_joined_in_groups_of_tasks(monkeypatch, within_budget):
+    """Three tiles, two and one, of each of two blocks of hidden channels."""
+    from nvae_fast.kernels.flow_cell import triton
+
+    args, dy = make(5, 1, 34, 1, 2)
+    monkeypatch.setattr(triton, "LEAST", 2)
+    monkeypatch.setattr(triton, "MOST", (2, 2))
+    check(args, dy, within_budget)
+    assert same(run(args, dy, "triton"), run(args, dy, "triton")) and not _triton.tickets(dy.device, 1).any()
 
 
 def test_tiles_of_several_images(monkeypatch, within_budget):
@@ -73,7 +84,7 @@ def test_a_flow_has_the_bits_of_its_cells(monkeypatch):
     """Two blocks of hidden channels and a task of two tiles: dz of a cell must be whole before the next cell reads it."""
     from nvae_fast.kernels.flow_cell import triton
 
-    for name, value in dict(LEAST=4, MOST=(4, 4), TASKS=(1, 1)).items():
+    for name, value in dict(LEAST=4, MOST=(4, 4), TASKS=1).items():
         monkeypatch.setattr(triton, name, value)
     z, cells, dy = make_flow(1, 2, 34, 5, 3, HALF, kinds=("masked", "mirrored"))
     one_by_one = run_flow(z.contiguous(memory_format=torch.channels_last), cells, dy, "triton", whole=False)
@@ -84,13 +95,13 @@ def test_a_flow_has_the_bits_of_its_cells(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_launches_of_a_flow(launches, count):
-    """Two for each cell and one for all."""
+    """Two for each cell: the gradients of the weights are whole when the cell's is."""
     z, cells, dy = make_flow(1, 2, 6, 2, 2)
     cells = [[w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w for w in cell] for cell in cells[:count]]
     z, dy = (t.contiguous(memory_format=torch.channels_last) for t in (z, dy))
     with launches() as names:
         run_flow(z, cells, dy, "triton")
-    kernels = ("flow_cell_fwd_kernel", count), ("flow_cell_bwd_kernel", count), ("flow_cell_join_kernel", 1)
+    kernels = ("flow_cell_fwd_kernel", count), ("flow_cell_bwd_kernel", count)
     assert names == [name for name, times in kernels for _ in range(times)]
 
 
