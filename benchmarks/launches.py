@@ -32,7 +32,7 @@ from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import RunError
 from nvae_fast.estimate import channels_last
 from nvae_fast.folding import folded
-from nvae_fast.kernels import _auto, _impl, _lists, _triton
+from nvae_fast.kernels import _auto, _constant, _impl, _lists, _triton
 from nvae_fast.model import NVAE
 from nvae_fast.optim import FusedAdamax
 from nvae_fast.regularization import SpectralState
@@ -98,6 +98,13 @@ class Launches(TorchDispatchMode):
             self.names[UPLOAD] += 1
             return torch.empty(max(len(values) // 8, 1), dtype=torch.int64, device=device)
 
+        def there_already(build: Callable[[], Tensor], device: torch.device) -> Tensor:
+            before = self.names.copy()
+            made = build().to(device)
+            self.names.clear()
+            self.names.update(before)
+            return made
+
         kinds = ("cuda", "triton") if extension else ("triton",)
         ops = {op: {kind: _always for kind in impls if kind in kinds} for op, impls in _impl._ops.items()}
         with (
@@ -105,6 +112,7 @@ class Launches(TorchDispatchMode):
             patch.object(_auto, "choose", lambda op, impl, *rest, **options: impl),
             patch.object(_lists, "upload", upload),
             patch.object(_lists, "standing", lambda values, device: torch.empty(1, dtype=torch.int64)),  # there already
+            patch.object(_constant, "built", there_already),
             patch.object(model_module, "drawn_at_once", lambda device: True),
             patch.object(KernelInterface, "__getitem__", counted),
             self,

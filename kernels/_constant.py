@@ -14,9 +14,13 @@ _kept: dict[Hashable, Tensor] = {}
 def constant(key: Hashable, like: Tensor, build: Callable[[], Tensor]) -> Tensor:
     """What `build()` returned on the first call with this key, on the device of `like`; not to be written to."""
     if torch.compiler.is_compiling() or type(like) is not Tensor:  # a fake tensor, say: its constants are of no use elsewhere
-        return build().to(like.device)
+        return built(build, like.device)
     place = (key, like.device)
     if place not in _kept:
         with torch.inference_mode(False):
-            _kept[place] = build().to(like.device)
+            _kept[place] = built(build, like.device)
     return _kept[place]
+
+
+def built(build: Callable[[], Tensor], device: torch.device) -> Tensor:
+    return build().to(device)

@@ -118,7 +118,8 @@ class TrainingStep:
         found: Terms = {}
 
         def decide(squares: Tensor) -> tuple[Tensor | None, Tensor]:
-            take = squares.isfinite() & terms["total"].isfinite()
+            both = squares + terms["total"].detach()
+            take = both - both == 0  # both are finite
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 votes = take.float()
                 dist.all_reduce(votes, dist.ReduceOp.MIN)

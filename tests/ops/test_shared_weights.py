@@ -215,6 +215,22 @@ def trained(low, sharing, joint, steps=2, frozen=()):
     return found, {n: p.grad for n, p in model.named_parameters()}, spectral.state_dict()
 
 
+def test_the_largest_gamma_of_norms_in_a_pass_has_the_slope_that_autograd_gives():
+    """Shared evenly where several are as large, of either sign; none where all are 0."""
+    norms = [BatchNormAct2d(c) for c in (3, 5, 2)]
+    with torch.no_grad():
+        norms[0].weight.copy_(torch.tensor([0.5, -2.0, 1.0]))
+        norms[1].weight.copy_(torch.tensor([3.0, 1.0, -3.0, 3.0, 0.0]))
+        norms[2].weight.zero_()
+    with shared_effective_weights(norms):
+        total = bn_regularizer(norms)
+    total.backward()
+    third = torch.tensor(1 / 3)
+    for norm, slope in zip(norms, ([0, -1, 0], [third, 0, -third, third, 0], [0, 0]), strict=True):
+        assert torch.equal(norm.weight.grad, torch.tensor(slope, dtype=torch.float32))
+    assert total == 5
+
+
 @pytest.mark.parametrize("joint", [False, True], ids=["convolutions", "with norms"])
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
