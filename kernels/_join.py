@@ -156,6 +156,23 @@ def join_tile(parts_ptr, tickets_ptr, out_ptr, task, tile, n0, k, N, K, PITCH, S
     return done
 
 
+@triton.jit
+def join_mean(total, means_ptr, sums_ptr, ticket_ptr, image, row, first, tiles, c, C, P):
+    """means [images, C] at c, of an image of P pixels from its `total` in one of its tiles: at once where that is all, else by
+    the last of them to call this, from rows `first` and on of sums [., C], of which `row` is this tile's. In float32: they are
+    few."""
+    if tiles == 1:
+        store_row(means_ptr, image, c, C, total / P)
+    else:
+        store_row(sums_ptr, row, c, C, total)
+        if arrive(ticket_ptr, tiles):
+            ROWS: tl.constexpr = 2048 // c.shape[0]
+            sums = tl.zeros([ROWS, c.shape[0]], tl.float32)
+            for t0 in range(first, first + tiles, ROWS):
+                sums += load_parts(sums_ptr, t0 + tl.arange(0, ROWS), c, first + tiles, C, C)
+            store_row(means_ptr, image, c, C, tl.sum(sums, 0) / P)
+
+
 class Join(NamedTuple):
     """What the launcher of a kernel with `joined_sums`, `joined_stats` or `join_tile` passes on."""
 
@@ -168,11 +185,12 @@ class Join(NamedTuple):
 NO_JOIN = Join(None, None, 0, 0)
 
 
-def join(like: Tensor, tasks: int, channels: int, blocks: int) -> Join:
-    """For the programs of `tasks` tasks in each of `blocks` blocks of columns, on the device of `like`"""
+def join(like: Tensor, tasks: int, channels: int, blocks: int, images: int = 0) -> Join:
+    """For the programs of `tasks` tasks in each of `blocks` blocks of columns, on the device of `like`; those of as many
+    `images` may call `join_mean`, whose tickets are behind the others."""
     rows, group = _rows(tasks, BLOCK_T.value)
     parts = like.new_empty(rows, 2, channels, dtype=torch.float32)
-    return Join(parts, _triton.tickets(like.device, blocks * (1 + GROUPS.value)), tasks, group)
+    return Join(parts, _triton.tickets(like.device, blocks * (1 + GROUPS.value + images)), tasks, group)
 
 
 def join_tiles(like: Tensor, tasks: int, size: int, tiles: int, before: Join, blocks: int) -> Join:

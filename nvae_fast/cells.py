@@ -154,17 +154,20 @@ class Cell(nn.Module):
             op, ops = chain[-1], ops[len(chain) :]
             if len(chain) > 1:
                 found = chained(chain, y, **options)
+            elif isinstance(op, InvertedResidual) and not ops:
+                found = op.branch(y, return_means=self.se is not None, **options)
             else:
-                found = op.branch(y, **options) if isinstance(op, InvertedResidual) and not ops else op(y, **options)
+                found = op(y, **options)
             y, *rest = found if isinstance(found, tuple) else (found,)
             if "return_x" in options:
                 rest, passed = rest[: -options["return_x"]], rest[-options["return_x"] :]
             bias = op.conv.bias if isinstance(op, ActConv) and not op.conv.adds_bias else None
             options = {} if bias is None else {"offset": bias}
-        bn = rest[0] if rest else None  # the last normalisation of a branch, done where it joins the skip connection
+        # the last normalisation of a branch, done where it joins the skip connection, and the means that are squeezed
+        bn, means = (*rest, None, None)[:2]
         options = {"bn": bn, "bias": bias, "return_stats": return_stats, "next_norm": next_norm}
         if self.se is not None:
-            found = self.se.residual(self.skip(passed[0]), y, **options)
+            found = self.se.residual(self.skip(passed[0]), y, x_means=means, **options)
         else:
             found = F.se_residual(self.skip(passed[0]), y, None, None, None, None, **options)
         return (*(found if return_stats else (found,)), passed[1]) if return_x else found

@@ -118,7 +118,7 @@ class _Branch(InvertedResidual):
     """Two ways through the same stages: the native 1x1 convolution normalises what it reads, and packs its weights first; a
     product of matrices wants that done before it, and is the faster one."""
 
-    def branch(self, x: Tensor, *, defer: bool = True) -> Tensor | tuple[Tensor, Tensor | None]:
+    def branch(self, x: Tensor, *, defer: bool = True, return_means: bool = False) -> Tensor | tuple[Tensor | None, ...]:
         x, expand, depthwise, project = _norm.autocast(x, *(m.weight for m in (self.expand, self.depthwise, self.project)))
         tables = [bn.table for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
         impl = "reference"
@@ -126,14 +126,14 @@ class _Branch(InvertedResidual):
             impl = _auto.choose("inverted_residual", "auto", [x])
             impl = _impl.resolve_impl("inverted_residual", impl, x, depthwise)
         if impl == "reference":
-            return super().branch(x, defer=defer)
+            return super().branch(x, defer=defer, return_means=return_means)
         raw = torch.ops.nvae_fast
         convolve = _product if impl == "cpu" and multiplies(x) else _pointwise
-        t = convolve(x, tables[0], IDENTITY, expand)
+        t, _ = convolve(x, tables[0], IDENTITY, expand, False)
         sizes = self.depthwise.stride[0], 1, 2 if self.upsample else 1
         t, _ = getattr(raw, f"{raw_name(impl)}_fwd")(t, tables[1], SWISH, depthwise, *sizes, False)
-        t = convolve(t, tables[2], SWISH, project)
-        return (t, tables[3]) if defer else raw.bn_act_fwd(t, tables[3], IDENTITY)
+        t, means = convolve(t, tables[2], SWISH, project, return_means)
+        return (t, tables[3], means)[: 2 + return_means] if defer else raw.bn_act_fwd(t, tables[3], IDENTITY)
 
 
 def multiplies(x: Tensor) -> bool:
@@ -143,13 +143,14 @@ def multiplies(x: Tensor) -> bool:
     return channels >= 32 if x.dtype == torch.bfloat16 else x.numel() < 4 * channels**2
 
 
-def _pointwise(x: Tensor, table: Tensor, act: int, weight: Tensor) -> Tensor:
-    return torch.ops.nvae_fast.pointwise_conv_fwd(x, table, act, weight, False, False)[0]
+def _pointwise(x: Tensor, table: Tensor, act: int, weight: Tensor, means: bool) -> tuple[Tensor, Tensor]:
+    """(y, its means over space where they are wanted)"""
+    return torch.ops.nvae_fast.pointwise_conv_fwd(x, table, act, weight, False, means)[::2]
 
 
-def _product(x: Tensor, table: Tensor, act: int, weight: Tensor) -> Tensor:
+def _product(x: Tensor, table: Tensor, act: int, weight: Tensor, means: bool) -> tuple[Tensor, None]:
     rows = torch.ops.nvae_fast.bn_act_fwd(x, table, act).permute(0, 2, 3, 1)
-    return tf.linear(rows, weight.flatten(1)).permute(0, 3, 1, 2)
+    return tf.linear(rows, weight.flatten(1)).permute(0, 3, 1, 2), None
 
 
 class _ActConv(ActConv):

@@ -4,6 +4,8 @@
 
 #include <ATen/ops/cat.h>
 
+#include <vector>
+
 #include "bn_act/bn_act.h"
 #include "bn_act/bn_act_cpu.h"
 #include "common/cpu_op.h"
@@ -51,16 +53,17 @@ Tensor joined(const Tensor& x_any, const OptionalTensor& beside) {
       .contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// Means over each image's pixels from the sums of (image, task).
+// Means over each image's pixels from the sums of (image, task), in double.
 Tensor join_means(const Shape& s, const Tensor& sums, int64_t images) {
   const Tensor out = at::zeros({images, s.out}, sums.options());
   const float* in = pointer(sums);
-  float* o = out.data_ptr<float>();
+  std::vector<double> total(s.out);
   for (int64_t n = 0; n < images; n++) {
     const int64_t first = n * s.pixels / s.chunk, last = ((n + 1) * s.pixels - 1) / s.chunk;
+    std::fill(total.begin(), total.end(), 0.0);
     for (int64_t task = first; task <= last; task++)
-      for (int64_t c = 0; c < s.out; c++) o[n * s.out + c] += in[(n + task) * s.out + c];
-    for (int64_t c = 0; c < s.out; c++) o[n * s.out + c] /= static_cast<float>(s.pixels);
+      for (int64_t c = 0; c < s.out; c++) total[c] += in[(n + task) * s.out + c];
+    for (int64_t c = 0; c < s.out; c++) out.data_ptr<float>()[n * s.out + c] = static_cast<float>(total[c] / s.pixels);
   }
   return out;
 }

@@ -61,7 +61,8 @@ void read_tile(const T* x, int64_t ldx, int rows, int64_t width, const float* bn
   });
 }
 
-// Sums of each image's rows of a panel of y into that image's row of pixel_sums.
+// Sums of each image's rows of a panel of y into that image's row of pixel_sums; those of a tile are summed apart, for rounding
+// to grow with a tile.
 template <typename T>
 void add_pixel_sums(const Shape& s, const T* tile, int64_t ld, int64_t r, int rows, int n, float* sums, bool first_tile) {
   for (int m = 0; m < rows;) {
@@ -69,9 +70,9 @@ void add_pixel_sums(const Shape& s, const T* tile, int64_t ld, int64_t r, int ro
     const int end = left < rows - m ? m + (int)left : rows;
     const bool fresh = first_tile ? true : m > 0 || (r + m) % s.pixels == 0;
     float* out = sums + image * s.out;
-    vf t = fresh ? vf{} : load_n(out, n);
+    vf t{};
     for (; m < end; m++) t += load_n(tile + m * ld, n);
-    store_n(out, t, n);
+    store_n(out, fresh ? t : t + load_n(out, n), n);
   }
 }
 

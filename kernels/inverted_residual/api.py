@@ -34,6 +34,7 @@ def inverted_residual(
     upsample: int = 1,
     memory: str = "balanced",
     defer: bool = False,
+    return_means: bool = False,
     return_x: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor | None, ...]:
@@ -51,6 +52,8 @@ def inverted_residual(
             reference keeps what autograd keeps, about 40.
         defer: return (t, bn) with the last normalisation still to be applied, as `se_residual(bn=...)` does; bn is None where t
             is y already (the reference).
+        return_means: with `defer`, return (t, bn, means): those of t over space [B, O], as `se_residual(x_means=...)` takes
+            them, summed where t is written. None where they would cost a pass of their own (the reference).
         return_x: how many others read x too (a skip connection, a latent group), 2 at most: return x as well, for each of them
             one, as the last: (y, x) or (t, bn, x). The gradients that come back to them are added in the last pass of this
             backward, which saves autograd's additions.
@@ -66,6 +69,8 @@ def inverted_residual(
     weights = {"expand": expand, "depthwise": depthwise, "project": project}
     _check(x, weights, norms, stride, upsample, memory)
     given, readers = x, _norm.check_readers(return_x)
+    if return_means and not defer:
+        raise ValueError("return_means without defer: expected both; the means are of t, before the last normalisation")
     x, expand, depthwise, project = _norm.autocast(x, *weights.values())
     for name, t in zip(weights, (expand, depthwise, project), strict=True):
         if t.dtype != x.dtype or t.device != x.device:
@@ -76,17 +81,18 @@ def inverted_residual(
     impl = _impl.resolve_impl("inverted_residual", impl, x, depthwise)
     if impl == "reference":
         y = reference.inverted_residual(x, expand, depthwise, project, norms, stride=stride, upsample=upsample)
-        return outputs(y, None, [given] * readers, defer)
+        return outputs(y, (None, None)[: defer + return_means], [given] * readers)
     parts = [t for norm in norms for t in _norm.tensors(norm)]
     configs = tuple(_norm.config(norm, copies) for norm, copies in zip(norms, (upsample**2, upsample**2, 1, 1), strict=True))
-    settings = configs, stride, upsample, memory == "low", impl, readers
-    t3, bn3, *passed = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
-    return outputs(t3 if defer else ApplyNorm.apply(t3, bn3), bn3, _norm.shared(given, x, passed), defer)
+    settings = configs, stride, upsample, memory == "low", impl, return_means, readers
+    t3, bn3, means, *passed = ops.InvertedResidual.apply(x, expand, depthwise, project, *settings, *parts)
+    y = t3 if defer else ApplyNorm.apply(t3, bn3)
+    return outputs(y, (bn3, means)[: defer + return_means], _norm.shared(given, x, passed))
 
 
-def outputs(y: Tensor, bn: Tensor | None, passed: Sequence[Tensor], defer: bool) -> Any:
-    """y, bn if the caller wants to `defer` it, and x as it was handed on."""
-    found = (y, *((bn,) if defer else ()), *passed)
+def outputs(y: Tensor, behind: Sequence[Tensor | None], passed: Sequence[Tensor]) -> Any:
+    """y, what the caller wants to know of it, and x as it was handed on."""
+    found = (y, *behind, *passed)
     return found if len(found) > 1 else y
 
 

@@ -40,8 +40,9 @@ def cuda_can_run(tensors: Sequence[Tensor]) -> str | None:
 
 
 class InvertedResidual(torch.autograd.Function):
-    """Returns (t3, bn3, *`readers` times x), with the running statistics moved. bn3's gradient rows are those of
-    `bn_act.ops.ApplyNorm`; x is an output for what else reads it: those gradients then come here, added in the last pass.
+    """Returns (t3, bn3, means of t3 over space [B, C_out] or, not wanted, [0, C_out], *`readers` times x), with the running
+    statistics moved. bn3's gradient rows are those of `bn_act.ops.ApplyNorm`; the means are data, whose gradient is that of t3
+    already; x is an output for what else reads it: those gradients then come here, added in the last pass.
 
     Keeps x, t1, t2, t3, or with `low` x and t3: t1 and t2 are then computed again, from the statistics of the forward.
     """
@@ -58,6 +59,7 @@ class InvertedResidual(torch.autograd.Function):
         upsample: int,
         low: bool,
         impl: str,
+        means: bool,
         readers: int,
         *parts: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -72,21 +74,24 @@ class InvertedResidual(torch.autograd.Function):
 
         behind = [_norm.following(n, c) for n, c in zip(norms, configs, strict=True)]
         bn0, n0 = ready(0, x, None)
-        t1, taken = _pointwise(x, bn0, _IDENTITY, expand, wanted(1), behind[1])
+        t1, taken, _ = _pointwise(x, bn0, _IDENTITY, expand, wanted(1), False, behind[1])
         bn1, n1 = ready(1, t1, taken)
         t2, taken = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, wanted(2), *behind[2])
         bn2, n2 = ready(2, t2, taken)
-        t3, taken = _pointwise(t2, bn2, _SWISH, project, wanted(3), behind[3])
+        t3, taken, pooled = _pointwise(t2, bn2, _SWISH, project, wanted(3), means, behind[3])
         bn3, n3 = ready(3, t3, taken)
         kept = (None, None) if low else (t1, t2)
         ctx.save_for_backward(x, *kept, t3, expand, depthwise, project, bn0, bn1, bn2, bn3)
         ctx.settings = configs, stride, upsample, (n0, n1, n2, n3), impl
+        ctx.mark_non_differentiable(pooled)
         ctx.set_materialize_grads(False)
-        return t3, bn3, *[x.view_as(x) for _ in range(readers)]
+        return t3, bn3, pooled, *[x.view_as(x) for _ in range(readers)]
 
     @staticmethod
     @first_order("inverted_residual")
-    def backward(ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dt3: Tensor | None, dbn3: Tensor | None, _: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         also = _norm.others(others)
         if dt3 is None and dbn3 is None:
             return _norm.total(also), *(None for _ in ctx.needs_input_grad[1:])
@@ -97,7 +102,7 @@ class InvertedResidual(torch.autograd.Function):
         if t1 is None:
             t1 = raw.pointwise_conv_fwd(x, bn0, _IDENTITY, expand, False, False)[0]
             t2 = depthwise_conv_fwd(t1, bn1, _SWISH, depthwise, stride, 1, upsample, False)[0]
-        wanted = [ctx.needs_input_grad[10:][i : i + PARTS] for i in range(0, 4 * PARTS, PARTS)]
+        wanted = [ctx.needs_input_grad[11:][i : i + PARTS] for i in range(0, 4 * PARTS, PARTS)]
 
         def gradients(i: int, table: Tensor, bn: Tensor) -> tuple[Tensor, _norm.Parts]:
             return _norm.gradients(table, bn, counts[i], configs[i], wanted[i])
@@ -116,12 +121,14 @@ class InvertedResidual(torch.autograd.Function):
         du, dexpand, table, *_ = raw.pointwise_conv_bwd(du, t1, c, x, bn0, _IDENTITY, expand, counts[0])
         c, parts0 = gradients(0, table, bn0)
         dx = last_pass(ctx, du, x, c, also)
-        return dx, dexpand, ddepthwise, dproject, *(None,) * 6, *parts0, *parts1, *parts2, *parts3
+        return dx, dexpand, ddepthwise, dproject, *(None,) * 7, *parts0, *parts1, *parts2, *parts3
 
 
-def _pointwise(x: Tensor, bn: Tensor, act: int, weight: Tensor, stats: bool, behind: _norm.Following) -> tuple[Tensor, Tensor]:
-    """(y, its statistics, or the table of the normalisation behind it)"""
-    return torch.ops.nvae_fast.pointwise_conv_fwd(x, bn, act, weight, stats, False, None, None, None, *behind)[:2]
+def _pointwise(
+    x: Tensor, bn: Tensor, act: int, weight: Tensor, stats: bool, means: bool, behind: _norm.Following
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, its statistics, or the table of the normalisation behind it; its means over space)"""
+    return torch.ops.nvae_fast.pointwise_conv_fwd(x, bn, act, weight, stats, means, None, None, None, *behind)
 
 
 def _raw_ops(impl: str) -> tuple[Any, Any, Any]:

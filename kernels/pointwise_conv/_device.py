@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels._join import GROUPS, join_mean
 from nvae_fast.kernels._tile import SCALE, SHIFT, activate, load_pitched, load_row
 
 
@@ -51,3 +52,25 @@ def add_product(total, x_ptr, bn_ptr, w_ptr, m, n, M, K, N, PITCH, ACT: tl.const
         w = tl.load(w_ptr + n[None, :] * PITCH + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
         total = tl.dot(a, w, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def store_means(y, total, m, first, tile, block, n, M, N, P, means_ptr, sums_ptr, tickets_ptr, WHOLE: tl.constexpr):
+    """means [images, N] at n, of a y [BLOCK_M, BLOCK_N] that is 0 in rows past the end, and whose sum is `total`; WHOLE: whose
+    tile is of one image. In sums [images + tiles, N] row image + tile has the sum of that image's rows in that tile."""
+    BLOCK_M: tl.constexpr = m.shape[0]
+    blocks = tl.cdiv(N, n.shape[0])
+    tickets_ptr += blocks * (1 + GROUPS) + block  # behind those of the statistics
+    if WHOLE:
+        image, tiles = first // P, P // BLOCK_M
+        first_row = image + image * tiles
+        join_mean(total, means_ptr, sums_ptr, tickets_ptr + image * blocks, image, image + tile, first_row, tiles, n, N, P)
+    else:
+        last = tl.minimum(first + BLOCK_M, M)
+        for image in range(first // P, (last - 1) // P + 1):
+            begin, end = image * P, image * P + P
+            its = tl.sum(tl.where(((m >= begin) & (m < end))[:, None], y, 0.0), 0)
+            begin, tiles = begin // BLOCK_M, (end - 1) // BLOCK_M + 1 - begin // BLOCK_M
+            join_mean(
+                its, means_ptr, sums_ptr, tickets_ptr + image * blocks, image, image + tile, image + begin, tiles, n, N, P
+            )

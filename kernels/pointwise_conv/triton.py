@@ -23,19 +23,20 @@ from nvae_fast.kernels._tile import load_row, load_rows, multiple, offset_of, st
 from nvae_fast.kernels.bn_act.ops import GRADIENTS, empty_image
 from nvae_fast.kernels.bn_act.tables import following, share, store_stats, zero_stats
 from nvae_fast.kernels.pointwise_conv._backward import pointwise_conv_bwd_kernel
-from nvae_fast.kernels.pointwise_conv._device import add_product, tile_of
+from nvae_fast.kernels.pointwise_conv._device import add_product, store_means, tile_of
 
 PROGRAMS = 256  # that a GPU should get at least: two for each of its multiprocessors
 
 
 @triton.jit
-def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, bias_ptr, addend_ptr, beside_ptr, y_ptr, out_ptr, norm, sums_ptr,
-                              parts_ptr, tickets_ptr, TASKS, GROUP, M, K, B, N, P, ACT: tl.constexpr, WIDE: tl.constexpr,
-                              UNIT_K: tl.constexpr, UNIT_B: tl.constexpr, UNIT_N: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, bias_ptr, addend_ptr, beside_ptr, y_ptr, out_ptr, norm, means_ptr,
+                              sums_ptr, parts_ptr, tickets_ptr, TASKS, GROUP, M, K, B, N, P, ACT: tl.constexpr,
+                              WHOLE: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_B: tl.constexpr,
+                              UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                              BLOCK_K: tl.constexpr):  # fmt: skip
     """y = A W^T + bias + addend, A of x and, behind its K channels, of the B of `beside`. out [2, N], mean and variance of y as
-    stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's mean and sum of squares about it. sums [images + tiles,
-    N]: row image + tile is the sum of y over the rows of that image (of P) in that tile."""
+    stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's mean and sum of squares about it. means [images, N], of
+    y over the P rows of each image (`store_means`)."""
     K, B, N = multiple(K, UNIT_K), multiple(B, UNIT_B), multiple(N, UNIT_N)
     tile, block, n = tile_of(tl.program_id(0), N, BLOCK_N)
     first = offset_of(tile, WIDE) * BLOCK_M
@@ -50,33 +51,20 @@ def pointwise_conv_fwd_kernel(x_ptr, bn_ptr, w_ptr, bias_ptr, addend_ptr, beside
         total += load_rows(addend_ptr, m, n, M, N)
     y = total.to(y_ptr.dtype.element_ty)
     store_rows(y_ptr, m, n, M, N, y)
-    if (parts_ptr is not None) or (sums_ptr is not None):
+    if (parts_ptr is not None) or (means_ptr is not None):
         y = tl.where((m < M)[:, None], y.to(tl.float32), 0.0)
-    if sums_ptr is not None:
-        last = (tl.minimum(first + BLOCK_M, M) - 1) // P
-        for image in range(first // P, last + 1):
-            mine = tl.where((m // P == image)[:, None], y, 0.0)
-            store_row(sums_ptr, image + tile, n, N, tl.sum(mine, 0))
+        total = tl.sum(y, 0)
     if parts_ptr is not None:
-        rows = tl.minimum(M - first, BLOCK_M).to(tl.float32)
-        mean = tl.sum(y, 0) / rows
+        mean = total / tl.minimum(M - first, BLOCK_M).to(tl.float32)
         d = tl.where((m < M)[:, None], y - mean[None, :], 0.0)
         store_row(parts_ptr + offset_of(tile, WIDE) * 2 * N, 0, n, N, mean)
         store_row(parts_ptr + offset_of(tile, WIDE) * 2 * N, 1, n, N, tl.sum(d * d, 0))
+    if means_ptr is not None:
+        store_means(y, total, m, first, tile, block, n, M, N, P, means_ptr, sums_ptr, tickets_ptr, WHOLE)
+    if parts_ptr is not None:
         done, mean, var = joined_stats(parts_ptr, tickets_ptr, tile, block, n, M, N, BLOCK_M, TASKS, GROUP)
         if done:
             store_stats(out_ptr, mean, var, block, n, N, norm)
-
-
-@triton.jit
-def pointwise_conv_means_kernel(sums_ptr, means_ptr, M, N, P, TILE, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """means [images, N] of the sums that `pointwise_conv_fwd_kernel` leaves for its tiles of TILE rows"""
-    image, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tiles = ((image + 1) * P - 1) // TILE + 1
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for t0 in range(image * P // TILE, tiles, BLOCK_T):
-        total += load_rows(sums_ptr + image * N, t0 + tl.arange(0, BLOCK_T), c, tiles, N)
-    store_row(means_ptr, image, c, N, tl.sum(total, 0) / P)
 
 
 def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, stats: bool, means: bool,
@@ -94,20 +82,20 @@ def pointwise_conv_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, s
     if not y.numel():
         return y, zero_stats(x, out, stats, norm, rows), found[1].zero_()
     fan = sizes["K"] + sizes["B"]
-    *most, warps = _largest(HOLDING_MORE if means or beside is not None else FORWARD, x, rows, out)
+    more = beside is not None or (means and pixels % 128)
+    *most, warps = _largest(HOLDING_MORE if more else FORWARD, x, rows, out)
     block_m, block_n, block_k = _no_more(most, rows, out, fan)
-    count = triton.cdiv(rows, block_m)
-    parts = join(x, count, out, triton.cdiv(out, block_n)) if stats else NO_JOIN
+    count, across = triton.cdiv(rows, block_m), triton.cdiv(out, block_n)
+    parts = join(x, count, out, across, images if means else 0) if stats or means else NO_JOIN
     sums = x.new_empty(images + count, out, dtype=torch.float32) if means else None
-    pointwise_conv_fwd_kernel[(count * triton.cdiv(out, block_n),)](
-        *(x, bn, weight, bias, addend, beside, y, found[0], following(norm, out, rows), sums, *parts),
+    pointwise_conv_fwd_kernel[(count * across,)](
+        *(x, bn, weight, bias, addend, beside, y, found[0], following(norm, out, rows), found[1] if means else None, sums),
+        *(parts if stats else parts._replace(parts=None)),
         **sizes,
-        **dict(P=pixels, ACT=act, WIDE=_wide(x, y, beside), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+        **dict(P=pixels, ACT=act, WHOLE=means and pixels % block_m == 0, WIDE=_wide(x, y, beside)),
+        **dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
         **dict(num_warps=warps, num_stages=3),
     )
-    if sums is not None:
-        grid = (images, triton.cdiv(out, 32))
-        pointwise_conv_means_kernel[grid](sums, found[1], rows, out, pixels, block_m, BLOCK_T=32, BLOCK_C=32)
     return y, *found
 
 
@@ -186,7 +174,7 @@ def _wide(*images: Tensor | None) -> bool:
 
 # By size of a stored value: tiles [rows, columns], the values summed over at a time, and warps; the largest first.
 FORWARD = {2: ((128, 128, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)), 4: ((64, 64, 32, 4), (32, 32, 32, 4))}
-HOLDING_MORE = {2: FORWARD[2][1:], 4: FORWARD[4]}  # means, or another input, would spill at the largest tile on sm_80
+HOLDING_MORE = {2: FORWARD[2][1:], 4: FORWARD[4]}  # means of images that share tiles, or another input, would spill on sm_80
 # Behind the tile of du that of the weight's gradient, [columns of y, columns of x, rows].
 BACKWARD = {
     2: ((64, 128, 64, 128, 64, 64, 8), (64, 64, 64, 64, 64, 64, 4)),

@@ -63,30 +63,76 @@ def add_parts(parts_ptr, image, TASKS, KINDS: tl.constexpr, KIND: tl.constexpr, 
 
 
 @triton.jit
+def pooled_of(mean, bn_ptr, c, C, BIAS: tl.constexpr):
+    """The mean of v from that of x"""
+    if bn_ptr is not None:
+        if not BIAS:
+            mean *= load_row(bn_ptr, SCALE, c, C)
+        mean += load_shift(bn_ptr, c, C, BIAS)
+    return mean
+
+
+@triton.jit
+def squeeze(total, b1_ptr, H, BLOCK_H: tl.constexpr):
+    """The hidden units, of the products [BLOCK_H, .] of w1 and the means of v"""
+    h = tl.arange(0, BLOCK_H)
+    hidden = tl.sum(total, 1) + load_row(b1_ptr, 0, h, H)
+    return tl.where((hidden <= 0) | (h >= H), 0.0, hidden)  # NaN stays
+
+
+@triton.jit
+def excite(hidden, w2_ptr, b2_ptr, c, C, H, BLOCK_H: tl.constexpr):
+    """What the sigmoid of the channels c is taken of"""
+    weights = load_rows(w2_ptr, c, tl.arange(0, BLOCK_H), C, H)
+    return tl.sum(weights * hidden[None, :], 1) + load_row(b2_ptr, 0, c, C)
+
+
+@triton.jit
+def store_gate(state, t, c, C):
+    gate = tl.sigmoid(t)
+    store_row(state, 1, c, C, gate)
+    store_row(state, 2, c, C, gate * tl.sigmoid(-t))  # a rounded gate has lost the digits of 1 - gate
+
+
+@triton.jit
+def gate_of(image, first, block, means_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, c, C, H, BIAS: tl.constexpr,
+            BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """The gate of an image at c, from its means [N, C] of x. The `first` of its programs of this block of channels leaves that
+    part of its state."""
+    state = state_ptr + image * (3 * C + H)
+    h = tl.arange(0, BLOCK_H)
+    total = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+    for w0 in range(0, C, BLOCK_W):
+        w = w0 + tl.arange(0, BLOCK_W)
+        pooled = pooled_of(load_row(means_ptr, image, w, C), bn_ptr, w, C, BIAS)
+        total += load_rows(w1_ptr, h, w, H, C) * pooled[None, :]
+    hidden = squeeze(total, b1_ptr, H, BLOCK_H)
+    t = excite(hidden, w2_ptr, b2_ptr, c, C, H, BLOCK_H)
+    if first:
+        store_row(state, 0, c, C, load_row(means_ptr, image, c, C))
+        store_gate(state, t, c, C)
+        if block == 0:
+            store_row(state + 3 * C, 0, h, H, hidden)
+    return tl.sigmoid(t)
+
+
+@triton.jit
 def find_gate(image, parts_ptr, bn_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, state_ptr, inverse, C, H, TASKS, BIAS: tl.constexpr,
               BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """The state of an image, from the sums of x times `inverse`."""
     state = state_ptr + image * (3 * C + H)
     h = tl.arange(0, BLOCK_H)
-    hidden = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         mean = add_parts(parts_ptr, image, TASKS, 1, 0, c, C) * inverse
         store_row(state, 0, c, C, mean)
-        if bn_ptr is not None:
-            if not BIAS:
-                mean *= load_row(bn_ptr, SCALE, c, C)
-            mean += load_shift(bn_ptr, c, C, BIAS)
-        hidden += tl.sum(load_rows(w1_ptr, h, c, H, C) * mean[None, :], 1)
-    hidden += load_row(b1_ptr, 0, h, H)
-    hidden = tl.where((hidden <= 0) | (h >= H), 0.0, hidden)  # NaN stays
+        total += load_rows(w1_ptr, h, c, H, C) * pooled_of(mean, bn_ptr, c, C, BIAS)[None, :]
+    hidden = squeeze(total, b1_ptr, H, BLOCK_H)
     store_row(state + 3 * C, 0, h, H, hidden)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        t = tl.sum(load_rows(w2_ptr, c, h, C, H) * hidden[None, :], 1) + load_row(b2_ptr, 0, c, C)
-        gate = tl.sigmoid(t)
-        store_row(state, 1, c, C, gate)
-        store_row(state, 2, c, C, gate * tl.sigmoid(-t))  # a rounded gate has lost the digits of 1 - gate
+        store_gate(state, excite(hidden, w2_ptr, b2_ptr, c, C, H, BLOCK_H), c, C)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ def se_residual(
     residual_scale: float = 0.1,
     bn: Tensor | None = None,
     bias: Tensor | None = None,
+    x_means: Tensor | None = None,
     return_stats: bool = False,
     next_norm: _norm.Norm | None = None,
     impl: str = "auto",
@@ -46,6 +47,9 @@ def se_residual(
             whole of what it returned, whose statistics bn has.
         bias: [C], of x: x + bias stands for x above, as behind a convolution that leaves its bias to be added here, where it
             costs no pass. Its gradient comes from the sums that are taken anyway. Not beside bn, which has one.
+        x_means: the means over space [B, C] of x, float32, where the op before has returned them (`inverted_residual(...,
+            return_means=True)`), so that they are not taken again; of x as given, without bn and bias. They carry no gradient,
+            being a function of x that the backward accounts for. The reference takes its own.
         return_stats: also return mean and biased variance [2, C] of y, without gradient, as `Norm(stats=...)` takes them; None
             where they would cost a pass of their own (the reference).
         next_norm: the normalisation of y that follows, which is then finished where the statistics are taken: beside y comes
@@ -68,7 +72,7 @@ def se_residual(
     absent = [name for name, t in gate.items() if t is None]
     if absent and len(absent) < 4:
         raise ValueError(f"{', '.join(absent)} is None: expected all of w1, b1, w2, b2, or none of them for no gate")
-    _norm.check_beside(x, skip=skip, **gate, bn=bn, bias=bias)
+    _norm.check_beside(x, skip=skip, **gate, bn=bn, bias=bias, x_means=x_means)
     if bias is not None and bn is not None:
         raise ValueError("bias beside bn: expected one of them; a normalisation has a bias of its own")
     if bias is not None and bias.shape != x.shape[1:2]:
@@ -84,6 +88,11 @@ def se_residual(
     if bn is not None and (bn.shape != (5, x.shape[1]) or bn.dtype != torch.float32):
         raise ValueError(
             f"bn of shape {tuple(bn.shape)} and {bn.dtype}: expected float32 (5, {x.shape[1]}), as inverted_residual returns it"
+        )
+    if x_means is not None and (x_means.shape != x.shape[:2] or x_means.dtype != torch.float32):
+        raise ValueError(
+            f"x_means of shape {tuple(x_means.shape)} and {x_means.dtype}: expected float32 {tuple(x.shape[:2])}, images and "
+            f"channels of x"
         )
     if next_norm is not None:
         _norm.check_norm(next_norm, x, x.shape[1], "y")
@@ -101,5 +110,5 @@ def se_residual(
     w1, b1, w2, b2, bias = (None if t is None else t.float() for t in (w1, b1, w2, b2, bias))
     before = bn if bias is None else bias
     settings = residual_scale, impl == "triton", return_stats, *_norm.following_of(next_norm)
-    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), before, w1, b1, w2, b2, *settings)
+    y, stats = ops.SEResidual.apply(skip.to(dtype), x.to(dtype), before, w1, b1, w2, b2, x_means, *settings)
     return (y, stats) if return_stats else y

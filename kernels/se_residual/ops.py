@@ -133,13 +133,14 @@ class SEResidual(torch.autograd.Function):
         b1: Tensor | None,
         w2: Tensor | None,
         b2: Tensor | None,
+        x_means: Tensor | None,
         residual_scale: float,
         lends: bool,
         stats: bool,
         *following: Any,
     ) -> tuple[Tensor, Tensor]:
         gate = w1, b1, w2, b2
-        y, state, found = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, *gate, None, residual_scale, stats, *following)
+        y, state, found = torch.ops.nvae_fast.se_residual_fwd(skip, x, bn, *gate, x_means, residual_scale, stats, *following)
         ctx.save_for_backward(x, bn, w1, w2, state)
         ctx.residual_scale, ctx.lent = residual_scale, None
         if lends and w1 is not None and not torch.compiler.is_compiling():

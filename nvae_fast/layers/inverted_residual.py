@@ -53,18 +53,19 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor, stats: Tensor | None = None, **options: int) -> Any:
         return self.branch(x, stats, defer=False, **options)
 
-    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True, return_x: int = 0) -> Any:
+    def branch(self, x: Tensor, stats: Tensor | None = None, *, defer: bool = True, return_means: bool = False,
+               return_x: int = 0) -> Any:  # fmt: skip
         """(t, bn): the output with its last normalisation still to be done by `functional.se_residual(bn=...)`,
-        or (y, None). `stats`: of x where the op before has returned them, as `functional.Norm` takes them. `return_x`: and x
-        behind them, as often as `functional.inverted_residual` returns it."""
+        or (y, None). `stats`: of x where the op before has returned them, as `functional.Norm` takes them. `return_means`:
+        (t, bn, means), and `return_x`: x behind them, both as `functional.inverted_residual` returns them."""
         if self.depthwise.groups != self.depthwise.in_channels:
             y = self._grouped(x, stats)
-            return outputs(y, None, [x] * return_x, defer)
+            return outputs(y, (None, None)[: defer + return_means], [x] * return_x)
         norms = [bn.norm for bn in (self.bn_in, self.bn_expand, self.bn_depthwise, self.bn_out)]
         norms[0] = norms[0]._replace(stats=stats)
         return F.inverted_residual(
             x, *map(effective, (self.expand, self.depthwise, self.project)), norms, stride=self.depthwise.stride[0],
-            upsample=2 if self.upsample else 1, memory=self.memory, defer=defer, return_x=return_x,
+            upsample=2 if self.upsample else 1, memory=self.memory, defer=defer, return_means=return_means, return_x=return_x,
         )  # fmt: skip
 
     def _grouped(self, x: Tensor, stats: Tensor | None) -> Tensor:

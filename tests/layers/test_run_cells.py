@@ -19,10 +19,15 @@ OPS = {"residual": ["res_bnswish", "res_bnswish"], "branch": ["mconv_e3k5g0"], "
 class Calls(TorchDispatchMode):
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.count = name, 0
+        self.name, self.found = name, []
+
+    @property
+    def count(self) -> int:
+        return len(self.found)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ == self.name
+        if func.overloadpacket.__name__ == self.name:
+            self.found.append(args)
         return func(*args, **(kwargs or {}))
 
 
@@ -84,13 +89,26 @@ def test_a_cell_behind_a_cell_takes_no_statistics_of_what_it_reads(ops):
     assert counts[0] - counts[1] == 3
 
 
+@needs_native
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ops", OPS)
+def test_a_branch_hands_the_means_of_its_output_to_squeeze_excitation(ops, training):
+    """Where there is one; and they are those of what it reads."""
+    with Calls("se_residual_fwd") as calls:
+        run([m.train(training) for m in tower(OPS[ops])], chained=True)
+    cells = [m for m in tower(OPS[ops]) if isinstance(m, Cell)]
+    assert [args[7] is not None for args in calls.found] == [ops == "branch" and m.se is not None for m in cells]
+    for _, x, *_, means in (args[:8] for args in calls.found if args[7] is not None):
+        torch.testing.assert_close(means, x.mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
 def adding_apart(op: nn.Module) -> None:
     """From now on the op hands on the x that it was given, so that autograd adds what comes back."""
     name = "branch" if hasattr(op, "branch") else "forward"
     original = getattr(op, name)
 
-    def changed(x: Tensor, stats: Tensor | None = None, *, return_x: int = 0) -> tuple[Tensor, ...]:
-        found = original(x, stats)
+    def changed(x: Tensor, stats: Tensor | None = None, *, return_x: int = 0, **options: bool) -> tuple[Tensor, ...]:
+        found = original(x, stats, **options)
         return (*(found if isinstance(found, tuple) else (found,)), *[x] * return_x)
 
     setattr(op, name, changed)

@@ -91,12 +91,35 @@ def test_the_deferred_normalisation_is_done_by_se_residual(within_budget, shape,
     skip, _, *rest = se_tensors(b, out, h, w)
 
     def pair(t, n, impl):
-        y, bn = branch(t[:4], n, impl, stride=shape[7], upsample=upsample, memory=memory, defer=True)
+        options = dict(stride=shape[7], upsample=upsample, memory=memory, defer=True, return_means=memory == "low")
+        y, bn, *means = branch(t[:4], n, impl, **options)
         assert (bn is None) == (impl == "reference")
-        gates = t[5:] if gate else (None,) * 4
-        return F.se_residual(t[4], y, *gates, residual_scale=0.5, bn=bn, impl=impl)
+        gates, means = t[5:] if gate else (None,) * 4, means[0] if means else None
+        return F.se_residual(t[4], y, *gates, residual_scale=0.5, bn=bn, x_means=means, impl=impl)
 
     check(pair, [*tensors, skip, *(rest if gate else [])], norms, within_budget, dtype, ZERO)
+
+
+@needs_native
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_of_what_is_deferred(dtype, training):
+    """Of the values as stored, without gradient: images smaller and larger than a tile of rows, several of an image."""
+    for shape in (SHAPES[1], SHAPES[6], (3, 8, 24, 5, 16, 20, 3, 1, 1), (2, 4, 8, 37, 40, 31, 3, 1, 1)):
+        (x, *weights), norms = arguments(*shape[:7], training=training)
+        x, *weights = (t.to(dtype).requires_grad_() for t in (x, *weights))
+        t, bn, means, passed = branch([x, *weights], norms, "cpu", defer=True, return_means=True, return_x=1)
+        exact = t.detach().double().mean((2, 3))
+        assert means.dtype == torch.float32 and not means.requires_grad and passed.shape == x.shape
+        assert (means - exact).abs().max() <= 2 * torch.finfo(torch.float32).eps * t.detach().abs().max()
+
+
+def test_the_reference_takes_no_means_and_nothing_else_has_any():
+    tensors, norms = arguments(*SHAPES[0][:7])
+    t, bn, means, passed = branch(tensors, norms, "reference", defer=True, return_means=True, return_x=1)
+    assert bn is None and means is None and passed is tensors[0]
+    with pytest.raises(ValueError, match="return_means without defer: expected both"):
+        branch(tensors, norms, "reference", return_means=True)
 
 
 @needs_native

@@ -98,6 +98,17 @@ def test_means_over_the_pixels_of_each_image():
 
 
 @needs_native
+def test_means_of_a_large_image_keep_their_digits():
+    """Those of values that all have one sign: added up one by one, a task's 5,625 would lose four bits."""
+    x = (1 + torch.rand(1, 3, 600, 600, generator=torch.Generator().manual_seed(0))).contiguous(
+        memory_format=torch.channels_last
+    )
+    y, _, means = torch.ops.nvae_fast.pointwise_conv_fwd(x, None, 0, torch.eye(3)[:, :, None, None], False, True)
+    exact = y.double().mean((2, 3))
+    assert ((means - exact) / exact).abs().max() <= 0.5 * torch.finfo(torch.float32).eps
+
+
+@needs_native
 def test_auto_takes_the_native_code_for_channels_last_images_only():
     args, n = tensors(2, 9, 7, 4, 3), [norm(9)]
     same(outcome(pointwise, args, n, "auto"), outcome(pointwise, args, n, "cpu"))

@@ -66,6 +66,11 @@ def test_a_bias_of_x(gate):
     assert gradcheck(given, args) and gradgradcheck(given, args)
 
 
+def test_the_reference_takes_its_own_means():
+    args = make(dtype=torch.float64)
+    assert torch.equal(se_residual(*args, x_means=torch.zeros(2, 6)), se_residual(*args))
+
+
 def test_strided_inputs_and_gradients():
     skip, x, *gate = make()
     dense = [skip.requires_grad_(), x.requires_grad_()]
@@ -123,6 +128,9 @@ def test_bad_arguments(position, value, message):
         ({"bias": torch.zeros(5)}, r"bias of shape \(5,\): expected \(6,\)"),
         ({"bias": torch.zeros(6), "bn": torch.zeros(5, 6)}, "bias beside bn: expected one of them"),
         ({"bias": torch.zeros(6, device="meta")}, "bias is on meta: expected cpu"),
+        ({"x_means": torch.zeros(6)}, r"x_means of shape \(6,\) and torch.float32: expected float32 \(2, 6\)"),
+        ({"x_means": torch.zeros(2, 6).double()}, r"x_means of shape \(2, 6\) and torch.float64: expected float32 \(2, 6\)"),
+        ({"x_means": torch.zeros(2, 6, device="meta")}, "x_means is on meta: expected cpu"),
     ],
 )
 def test_bad_options(options, message):

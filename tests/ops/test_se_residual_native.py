@@ -40,6 +40,21 @@ def test_a_bias_of_x(within_budget, shape, gate, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+def test_means_that_were_taken_before(within_budget, shape, dtype):
+    """Of x alone, beside a bias; and they are what the gate is made of."""
+
+    def call(t, n, impl):
+        means = None if impl == "reference" else t[1].detach().float().mean((2, 3))
+        return se(t, n, impl, x_means=means)
+
+    args = [*se_tensors(*shape), tensor(shape[1], shift=1.0, seed=3)]
+    check(call, args, [], within_budget, dtype)
+    wrong = torch.full(shape[:2], 3.0)
+    assert not torch.equal(se(args, [], "cpu", x_means=wrong), se(args, [], "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[2] * s[3] > 1], ids=str)
 def test_statistics_of_the_output(shape, gate, dtype):

@@ -54,6 +54,7 @@ NORM = {  # the normalisation that follows, a tuple; strides of 1 are constants
     **{"batches_ptr": "*i64", "eps": "fp32", "rate": "fp32", "unbiased": "fp32"},
     **dict.fromkeys(("MEAN_STRIDE", "VAR_STRIDE"), "constexpr"),
 }
+GATE = "means_ptr", "w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr"
 DGATE = "dw1_ptr", "db1_ptr", "dw2_ptr", "db2_ptr"
 SUMS = "dkl_ptr", "dlog_q_ptr", "dlog_p_ptr"
 PRIOR, ALSO = ("mu_p_ptr", "log_sigma_p_ptr"), ("also_mu_p_ptr", "also_log_sigma_p_ptr")
@@ -85,16 +86,26 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "depthwise_conv_fwd_kernel": [("norm",), ("parts_ptr", "norm")],
     "depthwise_conv_bwd_kernel": [("bn_ptr", "out_ptr", *JOIN)],
     "pointwise_conv_fwd_kernel": [
-        ("sums_ptr",),
+        ("means_ptr",),
         ("norm",),
-        ("parts_ptr", "sums_ptr", "norm"),
-        ("bn_ptr", *JOIN, "sums_ptr", "norm"),
-    ],
+        ("parts_ptr", "norm"),
+        ("parts_ptr", "means_ptr", "norm"),
+        ("bn_ptr", *JOIN, "means_ptr", "norm"),
+    ],  # fmt: skip
     "pointwise_conv_bwd_kernel": [("y_ptr", "c_ptr"), ("bn_ptr", *JOIN), TASKS],
     "power_iteration_sweep_kernel": [("norms_ptr",), ("norms_ptr", "shares_ptr")],
     "power_iteration_finish_kernel": [("norms_ptr",)],
     "se_residual_gate_kernel": [("bn_ptr",), ("x_ptr", "tickets_ptr", "TASKS")],
-    "se_residual_fwd_kernel": [("norm",), JOIN, (*JOIN, "bn_ptr"), (*JOIN, "state_ptr"), (*JOIN, "state_ptr", "bn_ptr")],
+    "se_residual_fwd_kernel": [
+        ("norm",),
+        (*JOIN, "bn_ptr"),
+        GATE,
+        (*GATE, "norm"),
+        (*GATE, *JOIN),
+        (*GATE, *JOIN, "bn_ptr"),
+        (*GATE, *JOIN, "state_ptr"),
+        (*GATE, *JOIN, "state_ptr", "bn_ptr"),
+    ],  # fmt: skip
     "se_residual_dgate_kernel": [("bn_ptr",), ("w1_ptr", "w2_ptr", "tickets_ptr", "shares_ptr")],
     "se_residual_dy_kernel": [("bn_ptr", "also2_ptr"), ("norm_ptr", "du_ptr"), ("norm_ptr", "du_ptr", "also_ptr", "also2_ptr")],
     "se_residual_bwd_kernel": [
@@ -128,9 +139,9 @@ PRODUCTS = {  # of tiles: the table of tiles, and which block is whose
     "conv2d_du_kernel": (conv2d.TILES, ("BLOCK_M", "BLOCK_K", "BLOCK_N")),
     "conv2d_dweight_kernel": (conv2d.DWEIGHT, ("BLOCK_N", "BLOCK_K", "BLOCK_M")),
 }
-LARGEST = {("pointwise_conv_fwd_kernel", 128): ("sums_ptr", "beside_ptr")}  # what a launcher leaves out at its largest tile
+LARGEST = {("pointwise_conv_fwd_kernel", 128): ("beside_ptr",)}  # what a launcher leaves out at its largest tile
 APART = {  # what is not there behind a normalisation, and what without one; all others leave nothing out
-    "pointwise_conv_fwd_kernel": [("bias_ptr", "addend_ptr", "beside_ptr"), ("bn_ptr", "sums_ptr")],
+    "pointwise_conv_fwd_kernel": [("bias_ptr", "addend_ptr", "beside_ptr"), ("bn_ptr", "means_ptr")],
     "pointwise_conv_bwd_kernel": [("beside_ptr", "dbeside_ptr", "also_ptr", "dbias_ptr"), ("y_ptr", "c_ptr", "bn_ptr", *JOIN)],
 }
 TYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
@@ -143,7 +154,7 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "power_iteration_join": dict(num_warps=8),
     "power_iteration_finish": dict(num_warps=4),
     "shared_weights": SHARED,
-    "se_residual_fwd": dict(num_warps=8),
+    "se_residual_fwd": dict(num_warps=8, BLOCK_W=128),
     "se_residual_gate": dict(BLOCK_W=128),
     **{f"se_residual_{name}": dict(BLOCK_W=128) for name in ("dgate", "dy")},
     "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
@@ -170,6 +181,7 @@ def tiles(name: str, storage: str) -> list[dict]:
     table, order = PRODUCTS[name]
     rows = table[4 if storage == "fp32" else 2]
     found = [fixed | dict(zip((*order, "num_warps", "num_stages"), row, strict=False)) for row in rows]
+    found = [tile | {"WHOLE": tile is found[0]} for tile in found]  # means at the largest tile: where it is of one image
     return [found[0] | values for values in OTHERS.get(name, [])] + found
 
 

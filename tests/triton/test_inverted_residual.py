@@ -49,9 +49,10 @@ def test_the_deferred_normalisation_is_done_by_se_residual(check, gate, memory):
     skip, _, *rest = se_tensors(2, 7, 4, 5)
 
     def pair(t, n, impl):
-        y, bn = branch(t[:4], n, impl, memory=memory, defer=True)
+        y, bn, means = branch(t[:4], n, impl, memory=memory, defer=True, return_means=True)
         assert (bn is None) == (impl == "reference")
-        return F.se_residual(t[4], y, *(t[5:] if gate else (None,) * 4), residual_scale=0.5, bn=bn, impl=impl)
+        gates = t[5:] if gate else (None,) * 4
+        return F.se_residual(t[4], y, *gates, residual_scale=0.5, bn=bn, x_means=means, impl=impl)
 
     check(pair, [*tensors, skip, *(rest if gate else [])], norms, FLOAT, 5)
 
@@ -115,7 +116,7 @@ def test_an_empty_batch():
 # Of a cell in training: Triton's, then torch's own
 FORWARD = Counter(
     bn_act_stats_kernel=1, pointwise_conv_fwd_kernel=2, bn_act_fwd_kernel=1,
-    depthwise_conv_fwd_kernel=1, se_residual_gate_kernel=1, se_residual_fwd_kernel=1,
+    depthwise_conv_fwd_kernel=1, se_residual_fwd_kernel=1,
 )  # fmt: skip
 BACKWARD = Counter(
     pointwise_conv_bwd_kernel=2, depthwise_conv_g_kernel=1, depthwise_conv_bwd_kernel=1,
@@ -126,15 +127,15 @@ AGAIN = Counter(pointwise_conv_fwd_kernel=1, bn_act_fwd_kernel=1, depthwise_conv
 
 @pytest.mark.parametrize("memory", ["balanced", "low"])
 def test_launches_of_a_cell(launches, memory):
-    """Branch, squeeze-and-excitation and residual sum: 7 forward, 7 backward ("low": 3 more) instead of 29 and 36."""
+    """Branch, squeeze-and-excitation and residual sum: 6 forward, 7 backward ("low": 3 more) instead of 29 and 36."""
     tensors, norms = arguments(2, 4, 12, 4, 4, 4, 3)
     norms = [n._replace(weight=leaf(n.weight), bias=leaf(n.bias)) for n in norms]
     leaves = [leaf(t) for t in (*tensors, *se_tensors(2, 4, 4, 4)[2:])]
     with launches() as forward:
-        t, bn, skip = branch(leaves[:4], norms, "triton", memory=memory, defer=True, return_x=1)
-        y = F.se_residual(skip, t, *leaves[4:], bn=bn, impl="triton")
+        t, bn, means, skip = branch(leaves[:4], norms, "triton", memory=memory, defer=True, return_means=True, return_x=1)
+        y = F.se_residual(skip, t, *leaves[4:], bn=bn, x_means=means, impl="triton")
     dy, wanted = tensor(*y.shape, seed=5), [*leaves, *(p for n in norms for p in n[:2])]
     with launches() as backward:
         torch.autograd.grad(y, wanted, dy)
-    assert Counter(forward) == FORWARD and FORWARD.total() == 7
+    assert Counter(forward) == FORWARD and FORWARD.total() == 6
     assert Counter(backward) == BACKWARD + (AGAIN if memory == "low" else Counter()) and BACKWARD.total() == 7
