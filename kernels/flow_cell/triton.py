@@ -18,13 +18,11 @@ PIXELS = 64  # of a piece of bfloat16; of others half of that, for products of s
 BLOCK_H = 64  # hidden channels of a piece of h1, forward
 LEAST, MOST = 8, (16, 32)  # side of a tile; MOST: forward, backward, where three maps around a tile are computed again
 PROGRAMS = 128  # the largest tiles are taken that give as many programs: about an H100's multiprocessors
-TASKS = (
-    128  # most programs (backward: of a block of channels), which then take more tiles: their scratches stay in the L2 cache
-)
+TASKS = 128  # most programs of a block of channels, which then take more tiles; forward, where nothing adds up, `_most`
 
 
 class Plan(NamedTuple):
-    """Sizes of a kernel on tiles: a function of shapes and types alone."""
+    """Sizes of a kernel on tiles: a function of shapes and types alone, but for the tasks of the forward."""
 
     blocks: int  # of hidden channels that programs share out
     tiles: int
@@ -134,7 +132,7 @@ def _plan(z: Tensor, w_in: Tensor, backward: bool) -> Plan:
     return Plan(
         blocks,
         tiles,
-        min(tiles, TASKS),
+        min(tiles, TASKS if backward else _most(z.device)),
         images * min(tile_h + around, height) * min(tile_w + around, width),
         torch.bfloat16 if half else torch.float32,
         dict(PRECISION="tf32" if half else "ieee" if triton.knobs.runtime.interpret else "bf16x6",
@@ -142,6 +140,11 @@ def _plan(z: Tensor, w_in: Tensor, backward: bool) -> Plan:
              TILE_N=images, TILE_H=tile_h, TILE_W=tile_w, BLOCK_Z=block_z, BLOCK_K=min(block_z, 32), BLOCK_E=block_e,
              num_warps=8, num_stages=1),
     )  # fmt: skip
+
+
+def _most(device: torch.device) -> int:
+    """As many programs as run at a time, one on a multiprocessor: the scratches of more would not stay in the L2 cache."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else TASKS
 
 
 def _scratch(plan: Plan, x: Tensor, pitch: int, maps: int = 1) -> tuple[Tensor, Tensor]:
