@@ -65,10 +65,13 @@ def chain_of(ops: Sequence[nn.Module], x: Tensor) -> Sequence[nn.Module]:
 
 
 def chained(ops: Sequence[ActConv], x: Tensor, stats: Tensor | None = None, *, offset: Tensor | None = None,
-            return_x: int = 0) -> Any:  # fmt: skip
-    """Such ops as one, with the arguments of `ActConv.forward`."""
+            return_means: bool = False, return_x: int = 0) -> Any:  # fmt: skip
+    """Such ops as one, with the arguments of `ActConv.forward`. `return_means`: return (y, None, means) as
+    `InvertedResidual.branch` does, no normalisation being left to do, and x behind them."""
     offsets = [offset, *(op.conv.bias for op in ops[:-1])]
     norms = [op.bn.norm._replace(offset=bias) for op, bias in zip(ops, offsets, strict=True)]
     norms[0] = norms[0]._replace(stats=stats)
-    return F.preact_branch(x, [op.conv.effective_weight() for op in ops], norms, act=ops[0].act,
-                           dilations=[op.conv.dilation[0] for op in ops], return_x=return_x)  # fmt: skip
+    found = F.preact_branch(x, [op.conv.effective_weight() for op in ops], norms, act=ops[0].act,
+                            dilations=[op.conv.dilation[0] for op in ops], return_means=return_means,
+                            return_x=return_x)  # fmt: skip
+    return (found[0], None, *found[1:]) if return_means else found

@@ -153,7 +153,7 @@ class Cell(nn.Module):
             chain = chain_of(ops, y)
             op, ops = chain[-1], ops[len(chain) :]
             if len(chain) > 1:
-                found = chained(chain, y, **options)
+                found = chained(chain, y, return_means=self.se is not None and not ops, **options)
             elif isinstance(op, InvertedResidual) and not ops:
                 found = op.branch(y, return_means=self.se is not None, **options)
             else:

@@ -81,6 +81,7 @@ def preact_branch(
     *,
     act: str,
     dilations: Sequence[int] | None = None,
+    return_means: bool = False,
     return_x: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -93,7 +94,9 @@ def preact_branch(
         norms: of what each convolution reads. In training their running statistics move, once each.
         act: "identity", "swish" or "elu", behind each norm.
         dilations: of each convolution; None: 1.
-        return_x: as of `conv2d`.
+        return_means: return (y, means), those of y over space [B, C_out], as `se_residual(x_means=...)` takes them, summed
+            where y is written. None where `fused` does not hold: they would cost a pass of their own.
+        return_x: as of `conv2d`, behind these.
         impl: as of `conv2d`. Where `fused` does not hold, it is `conv2d` once for each weight.
 
     Returns y [B, C_out, H, W] in the dtype of x (under autocast: in autocast's). Kept for backward: x, what stands between the
@@ -108,14 +111,15 @@ def preact_branch(
     readers = _norm.check_readers(return_x)
     sizes = [(1, d * (w.shape[2] // 2), d) for w, d in zip(weights, dilations, strict=True)]
     if all([fused(x, w, *s, impl=impl) for w, s in zip(weights, sizes, strict=True)]):
-        return _chain(given, x, weights, norms, act, dilations, readers)
+        return _chain(given, x, weights, norms, act, dilations, readers, return_means)
     y, passed = x, []
     for i, (weight, norm, (stride, padding, dilation)) in enumerate(zip(weights, norms, sizes, strict=True)):
         options = dict(norm=norm, act=act, stride=stride, padding=padding, dilation=dilation, impl=impl)
         y = conv2d(y, weight, **options, return_x=0 if i else readers)
         if readers and not i:
             y, *passed = y
-    return (y, *_norm.shared(given, x, passed)) if readers else y
+    found = (y, *([None] if return_means else ()), *_norm.shared(given, x, passed))
+    return found if len(found) > 1 else y
 
 
 def fused(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1, dilation: int = 1, *, impl: str = "auto") -> bool:
@@ -131,11 +135,12 @@ def _own(chosen: str, x: Tensor, weight: Tensor, stride: int, padding: int, dila
 
 
 def _chain(given: Tensor, x: Tensor, weights: Sequence[Tensor], norms: Sequence[_norm.Norm], act: str,
-           dilations: Sequence[int], readers: int) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
-    """y, and with `readers` x as `given`, of the chain that the kernels run."""
-    settings = tuple(_norm.config(n) for n in norms), _norm.ACTIVATIONS.index(act), tuple(dilations), readers
-    y, *passed = ops.PreactBranch.apply(x, *settings, *weights, *(t for n in norms for t in _norm.tensors(n)))
-    return (y, *_norm.shared(given, x, passed)) if readers else y
+           dilations: Sequence[int], readers: int, means: bool = False) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """y, with `means` those, and with `readers` x as `given`, of the chain that the kernels run."""
+    settings = tuple(_norm.config(n) for n in norms), _norm.ACTIVATIONS.index(act), tuple(dilations), means, readers
+    y, pooled, *passed = ops.PreactBranch.apply(x, *settings, *weights, *(t for n in norms for t in _norm.tensors(n)))
+    found = (y, *([pooled] if means else ()), *_norm.shared(given, x, passed))
+    return found if len(found) > 1 else y
 
 
 def _check_branch(

@@ -24,7 +24,8 @@ TILE = 8  # of pixels: both sides of an image are multiples of it
 
 torch.library.define(
     "nvae_fast::conv2d_fwd",
-    f"(Tensor x, Tensor? bn, int act, Tensor weight, int dilation, bool stats, {FOLLOWING}) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? bn, int act, Tensor weight, int dilation, bool stats, bool means=False, {FOLLOWING}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "nvae_fast::conv2d_bwd",
@@ -36,10 +37,11 @@ _triton.register("conv2d", "conv2d_fwd", "conv2d_bwd")
 
 @torch.library.register_fake("nvae_fast::conv2d_fwd")
 def _forward_shapes(
-    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool, *following: Any
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool, means: bool = False, *following: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     y = empty_image(x, x.shape[0], weight.shape[0], *x.shape[2:])
-    return y, x.new_empty(Following(*following).rows(stats), weight.shape[0], dtype=torch.float32)
+    rows = Following(*following).rows(stats), x.shape[0] if means else 0
+    return y, *(x.new_empty(n, weight.shape[0], dtype=torch.float32) for n in rows)
 
 
 @torch.library.register_fake("nvae_fast::conv2d_bwd")
@@ -120,7 +122,8 @@ class NormConv2d(torch.autograd.Function):
 
 
 class PreactBranch(torch.autograd.Function):
-    """Returns (y, *`readers` times x) of [norm -> act -> 3x3] once for each weight, by the kernels that `fits` speaks of:
+    """Returns (y, means of y over space [B, C_out] or, not wanted, [0, C_out], *`readers` times x) of [norm -> act -> 3x3]
+    once for each weight, by the kernels that `fits` speaks of:
 
         x --bn0, act, 3x3--> t1 --bn1, act, 3x3--> y
 
@@ -139,6 +142,7 @@ class PreactBranch(torch.autograd.Function):
         configs: Sequence[_norm.NormConfig],
         act: int,
         dilations: Sequence[int],
+        means: bool,
         readers: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -151,23 +155,25 @@ class PreactBranch(torch.autograd.Function):
             images.append(y), tables.append(bn), counts.append(count)
             wanted = i + 1 < stages and norms[i + 1].stats is None
             behind = _norm.following(norms[i + 1], configs[i + 1]) if wanted else Following()
-            y, taken = torch.ops.nvae_fast.conv2d_fwd(y, bn, act, weight, dilations[i], wanted, *behind)
+            sums = means and i + 1 == stages
+            y, taken, pooled = torch.ops.nvae_fast.conv2d_fwd(y, bn, act, weight, dilations[i], wanted, sums, *behind)
             taken = taken if wanted else None
         ctx.save_for_backward(*images, *tables, *tensors[:stages])
         ctx.settings = configs, act, dilations, counts
+        ctx.mark_non_differentiable(pooled)
         ctx.set_materialize_grads(False)
-        return y, *[x.view_as(x) for _ in range(readers)]
+        return y, pooled, *[x.view_as(x) for _ in range(readers)]
 
     @staticmethod
     @first_order("preact_branch")
-    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         also = _norm.others(others)
         if dy is None:
             return _norm.total(also), *(None for _ in ctx.needs_input_grad[1:])
         raw = torch.ops.nvae_fast
         images, tables, weights = thirds(ctx.saved_tensors)
         configs, act, dilations, counts = ctx.settings
-        wanted, stages = ctx.needs_input_grad[5:], len(configs)
+        wanted, stages = ctx.needs_input_grad[6:], len(configs)
         du, y, c = dy, None, None
         dweights, parts = [None] * stages, [None] * stages
         for i in reversed(range(stages)):
@@ -177,5 +183,6 @@ class PreactBranch(torch.autograd.Function):
             y = x
         if ctx.needs_input_grad[0]:
             du = last_pass(ctx, du, images[0], c, also)
-        given = (g if w else None for g, w in zip((du, None, None, None, None, *dweights), ctx.needs_input_grad, strict=False))
+        found = du, *(None,) * 5, *dweights
+        given = (g if w else None for g, w in zip(found, ctx.needs_input_grad, strict=False))
         return *given, *(g for p in parts for g in p)

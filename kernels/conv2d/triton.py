@@ -33,17 +33,17 @@ from nvae_fast.kernels.bn_act.tables import following, share, store_gradients, s
 from nvae_fast.kernels.conv2d._device import add_taps, join_shares, map_activated, map_gradient, pixels_of
 from nvae_fast.kernels.conv2d._plan import plan_taps, plan_weight, rounded
 from nvae_fast.kernels.conv2d.ops import fits
-from nvae_fast.kernels.pointwise_conv._device import load_activated
+from nvae_fast.kernels.pointwise_conv._device import load_activated, store_means
 
 
 @triton.jit
-def conv2d_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, map_ptr, shares_ptr, share_tickets_ptr, parts_ptr,
-                      tickets_ptr, TASKS, GROUP, M, K, N, H, W, ACT: tl.constexpr, DILATION: tl.constexpr, WIDE: tl.constexpr,
-                      UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, SHARES: tl.constexpr, DEPTH: tl.constexpr,
-                      SPACE: tl.constexpr, TILE_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr):  # fmt: skip
+def conv2d_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, means_ptr, sums_ptr, map_ptr, shares_ptr, share_tickets_ptr,
+                      parts_ptr, tickets_ptr, TASKS, GROUP, M, K, N, H, W, ACT: tl.constexpr, DILATION: tl.constexpr,
+                      WHOLE: tl.constexpr, WIDE: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+                      SHARES: tl.constexpr, DEPTH: tl.constexpr, SPACE: tl.constexpr, TILE_W: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """y = conv(A, W). out [2, N], mean and variance of y as stored, or [5, N] (`store_stats`), of parts [tiles, 2, N]: a tile's
-    mean and sum of squares about it."""
+    mean and sum of squares about it. means [images, N], of y over each image (`store_means`)."""
     K, N = multiple(K, UNIT_K), multiple(N, UNIT_N)
     program, share, across = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES, tl.cdiv(N, BLOCK_N)
     tile, block, k0 = program // across, program % across, share * DEPTH
@@ -61,13 +61,24 @@ def conv2d_fwd_kernel(x_ptr, bn_ptr, w_ptr, y_ptr, out_ptr, norm, map_ptr, share
     y = total.to(y_ptr.dtype.element_ty)
     m, _, _ = pixels_of(tile, H, W, TILE_W, BLOCK_M, WIDE)
     store_rows(y_ptr, m, n, M, N, y)
-    if parts_ptr is not None:
+    if (parts_ptr is not None) or (means_ptr is not None):
         y = y.to(tl.float32)
-        mean = tl.sum(y, 0) / BLOCK_M
+        total = tl.sum(y, 0)
+    if parts_ptr is not None:
+        mean = total / BLOCK_M
         d = y - mean[None, :]
         parts = parts_ptr + offset_of(tile, WIDE) * 2 * N
         store_row(parts, 0, n, N, mean)
         store_row(parts, 1, n, N, tl.sum(d * d, 0))
+    if means_ptr is not None:  # a tile's patches follow each other, as those of an image do; tickets behind those of the shares
+        first = offset_of(tile, WIDE) * BLOCK_M
+        if SHARES > 1:
+            tickets_of_images = tickets_ptr + tl.num_programs(0) // SHARES
+        else:
+            tickets_of_images = tickets_ptr
+        store_means(y, total, first + tl.arange(0, BLOCK_M), first, tile, block, n, M, N, H * W, means_ptr, sums_ptr,
+                    tickets_of_images, WHOLE)  # fmt: skip
+    if parts_ptr is not None:
         done, mean, var = joined_stats(parts_ptr, tickets_ptr, tile, block, n, M, N, BLOCK_M, TASKS, GROUP)
         if done:
             store_stats(out_ptr, mean, var, block, n, N, norm)
@@ -166,22 +177,31 @@ def conv2d_dweight_kernel(g_ptr, a_ptr, dw_ptr, parts_ptr, tickets_ptr, TASKS, G
                   BLOCK_N)  # fmt: skip
 
 
-def conv2d_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool,
-               *norm: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+def conv2d_fwd(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool, means: bool = False,
+               *norm: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, w, sizes = _arguments(x, weight, dilation)
     rows, fan, out = sizes["M"], sizes["K"], sizes["N"]
     bn, y = _triton.floats("coefficients", bn, 5, fan), empty_image(x, x.shape[0], out, *x.shape[2:])
-    found = x.new_empty(Following(*norm).rows(stats), out, dtype=torch.float32)
+    images, pixels = x.shape[0], sizes["H"] * sizes["W"]
+    found = [x.new_empty(n, out, dtype=torch.float32) for n in (Following(*norm).rows(stats), images if means else 0)]
     if not y.numel():
-        return y, zero_stats(x, out, stats, norm, rows)
+        return y, zero_stats(x, out, stats, norm, rows), found[1].zero_()
     plan = plan_taps(x, out, fan, dilation, mapped=bn is not None or act > 0)
-    parts = join(x, rows // plan.block_m, out, triton.cdiv(out, plan.block_n)) if stats else NO_JOIN
+    tiles, across = rows // plan.block_m, triton.cdiv(out, plan.block_n)
+    parts, sums = NO_JOIN, None
+    if stats or means:
+        more = images + (tiles if plan.options["SHARES"] > 1 else 0)
+        parts = join(x, tiles, out, across, more if means else 0)
+    if means:
+        sums = x.new_empty(images + tiles, out, dtype=torch.float32)
     conv2d_fwd_kernel[(plan.programs,)](
-        *(x, bn, w, y, found, following(norm, out, rows), *plan.scratch, *parts),
+        *(x, bn, w, y, found[0], following(norm, out, rows), found[1] if means else None, sums, *plan.scratch),
+        *(parts if stats else parts._replace(parts=None)),
         **sizes | plan.options,
-        **dict(ACT=act, DILATION=dilation, WIDE=_wide(x, y), BLOCK_N=plan.block_n, BLOCK_K=plan.block_k),
+        **dict(ACT=act, DILATION=dilation, WHOLE=means and pixels % plan.block_m == 0, WIDE=_wide(x, y)),
+        **dict(BLOCK_N=plan.block_n, BLOCK_K=plan.block_k),
     )
-    return y, found
+    return y, *found
 
 
 def conv2d_bwd(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor,

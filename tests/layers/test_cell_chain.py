@@ -34,9 +34,11 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.last: dict[str, tuple] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names[func.overloadpacket.__name__] += 1
+        self.last[func.overloadpacket.__name__] = args
         return func(*args, **(kwargs or {}))
 
 
@@ -102,6 +104,18 @@ def test_statistics_that_the_cell_before_has_taken(kernels, finished):
         given = outcome(cell, stats=stats)
     alike(given, apart)
     assert calls.names["bn_act_stats"] == 0 and calls.names["bn_act_coefficients"] == (not finished)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=list(OPS))
+def test_the_chain_hands_its_means_to_squeeze_excitation(kernels, ops):
+    """Which adds the bias that the last convolution leaves to it."""
+    cell = make(ops)
+    assert cell.ops[-1].conv.bias.abs().min() > 0
+    with Calls() as calls:
+        outcome(cell)
+    _, x, bias, *_, means = calls.last["se_residual_fwd"][:8]
+    torch.testing.assert_close(means, x.mean((2, 3)))
+    assert torch.equal(bias, cell.ops[-1].conv.bias)
 
 
 def chains(cell: Cell, size: int = 8) -> list[int]:

@@ -23,10 +23,12 @@ def table(x: Tensor, bn: Tensor | None) -> Tensor:
     return torch.tensor([0.0, 1, 1, 1, 0])[:, None].repeat(1, x.shape[1]) if bn is None else bn
 
 
-def forward(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool, *following: Any):
+def forward(x: Tensor, bn: Tensor | None, act: int, weight: Tensor, dilation: int, stats: bool, means: bool = False,
+            *following: Any):  # fmt: skip
     a = RAW.bn_act_fwd(x, table(x, bn), act)
     y = tf.conv2d(a, weight, None, 1, dilation, dilation).contiguous(memory_format=CL)
-    return y, RAW.bn_act_stats(y, *following) if stats else y.new_empty(0, len(weight), dtype=torch.float32)
+    found = RAW.bn_act_stats(y, *following) if stats else y.new_empty(0, len(weight), dtype=torch.float32)
+    return y, found, y.float().mean((2, 3)) if means else y.new_empty(0, len(weight), dtype=torch.float32)
 
 
 def backward(dy: Tensor, y: Tensor | None, c: Tensor | None, x: Tensor, bn: Tensor | None, act: int, weight: Tensor,

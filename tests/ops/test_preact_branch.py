@@ -212,7 +212,7 @@ FORWARD = {
     "plain": lambda x, bn, w: (x, None, 2, w, 1, False),
     "stats": lambda x, bn, w: (x, bn, 1, w, 2, True),
     "followed": lambda x, bn, w: (
-        *(x, bn, 1, w, 1, True, [1e-5, 0.1, 1.0]),
+        *(x, bn, 1, w, 1, True, True, [1e-5, 0.1, 1.0]),
         *(tensor(7), tensor(7), None, tensor(7), tensor(7).abs(), torch.tensor(3)),
     ),
 }

@@ -80,7 +80,7 @@ ABSENT = {  # which pointers a launcher may leave out; and the sizes that are 1 
     "bn_act_fwd_kernel": [("w_ptr", "taps_ptr")],
     "bn_act_bwd_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
     "bn_act_affine_kernel": [("also2_ptr",), ("also_ptr", "also2_ptr")],
-    "conv2d_fwd_kernel": [("norm",), (*JOIN, "norm"), ("bn_ptr", "map_ptr")],
+    "conv2d_fwd_kernel": [("means_ptr",), ("parts_ptr", "norm"), (*JOIN, "norm", "means_ptr"), ("bn_ptr", "map_ptr")],
     "conv2d_du_kernel": [("c_ptr", "y_ptr", "map_ptr", "g_ptr"), ("bn_ptr", "a_ptr", *JOIN)],
     "conv2d_dweight_kernel": [JOIN],
     "depthwise_conv_fwd_kernel": [("norm",), ("parts_ptr", "norm")],
@@ -160,7 +160,7 @@ FIXED = {  # what the one launcher of a kernel says, by the first letters of its
     "weight_norm": dict(BLOCK_R=2, BLOCK_K=1024, NORM=tl.float32),
 }
 OTHERS = {  # than CONSTANTS say; of products, at their largest tile
-    "conv2d_fwd_kernel": [dict(SHARES=4, TILE_W=16)],
+    "conv2d_fwd_kernel": [dict(SHARES=4, TILE_W=16, WHOLE=False)],
     "conv2d_du_kernel": [dict(SHARES=4, TILE_W=16)],
     "depthwise_conv_fwd_kernel": [{}, dict(STRIDE=2), dict(UP=2)],
     "depthwise_conv_bwd_kernel": [dict(BLOCK_T=8, BLOCK_D=8) | more for more in ({}, dict(STRIDE=2), dict(UP=2))],

@@ -56,7 +56,7 @@ def plain(args, dtype) -> tuple[Tensor, ...]:
 
 def outcome(args, count=7.0) -> tuple[Tensor, ...]:
     """Of the kernels: y, its statistics, du, dw, the table"""
-    return *RAW.conv2d_fwd(*args[3:], True), *RAW.conv2d_bwd(*args, count)
+    return *RAW.conv2d_fwd(*args[3:], True)[:2], *RAW.conv2d_bwd(*args, count)
 
 
 def check(args, dtype, within_budget) -> None:
@@ -131,7 +131,29 @@ def test_nothing_to_sum_gives_zeros(shape, way):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 5, 4, 8, 8, 1)], ids=str)
 def test_the_normalisation_behind_is_finished_and_moves_once(shape):
-    check_followed("conv2d_fwd", (*arguments(shape)[0], True), 1)
+    check_followed("conv2d_fwd", (*arguments(shape)[0], True, True), 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "programs", "dtype"),
+    [((2, 8, 8), 1, HALF), ((4, 8, 24), 1, HALF), ((1, 16, 24), 1000, FLOAT), ((3, 8, 8), 1000, HALF)],
+    ids=str,
+)
+def test_means_over_the_pixels_of_each_image(monkeypatch, size, programs, dtype):
+    """Two images in a tile, a tile and a half, several tiles, or one; with tickets of shares before those of the images."""
+    monkeypatch.setattr(_plan, "PROGRAMS", programs)
+    given = arguments((size[0], 70, 5, *size[1:], 1), dtype=dtype)[0]
+    y, stats, means = RAW.conv2d_fwd(*given, True, True)
+    exact = y.double().mean((2, 3))
+    assert means.dtype == FLOAT and (means - exact).abs().max() <= 2 * torch.finfo(FLOAT).eps * y.abs().max()
+    assert torch.equal(means, RAW.conv2d_fwd(*given, False, True)[2])
+
+
+def test_nan_stays_in_the_means_of_its_image():
+    x, *given = arguments((4, 5, 7, 8, 8, 1), dtype=HALF)[0]
+    x[1, 2, 3, 4] = torch.nan
+    means = RAW.conv2d_fwd(x, *given, False, True)[2]
+    assert means[1].isnan().all() and not means[[0, 2, 3]].isnan().any()
 
 
 def test_one_launch_and_two(launches):
