@@ -204,7 +204,7 @@ def test_compiled_the_node_lends_nothing():
     leaves, n = [t.requires_grad_() for t in se_tensors(2, 9, 4, 3)], norm(9)
 
     def two(lends, skip, x, *gate):
-        y, _ = SEResidual.apply(skip, x, None, *gate, 0.1, lends, False)
+        y, _ = SEResidual.apply(skip, x, None, *gate, None, 0.1, lends, False)
         return bn_act([y], [n], "cpu")
 
     found = [two(False, *leaves), torch.compile(two, fullgraph=True, backend="aot_eager")(True, *leaves)]
