@@ -212,3 +212,13 @@ def test_compiled_the_node_lends_nothing():
         assert torch.equal(ours, compiled)
     with pytest.raises(NotImplementedError, match="se_residual_dy_"):
         torch.autograd.grad(two(True, *leaves), leaves, tensor(2, 9, 4, 3))
+
+
+def test_shapes_of_the_two_passes_that_a_gpu_alone_has():
+    y, x, w1, _, w2, _ = (t.to("meta") for t in se_tensors(2, 9, 4, 3))
+    state, bn, c = (torch.empty(shape, device="meta") for shape in ((2, 3 * 9 + 4), (5, 9), (3, 9)))
+    raw = torch.ops.nvae_fast
+    shares = raw.se_residual_dy_(y, None, y, None, 0, c, None, None, x, bn, w1, w2, state, 0.1)
+    assert shares.shape == (2, 4 * 9 + 4) and shares.dtype == torch.float32
+    found, alike = (raw.se_residual_dx(y, bn, w1, w2, state, shares, 0.1), raw.se_residual_bwd(y, x, bn, w1, w2, state, 0.1))
+    assert [t.shape for t in found] == [t.shape for t in alike] and len(found) == 6
