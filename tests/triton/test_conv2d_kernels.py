@@ -140,7 +140,7 @@ def test_the_normalisation_behind_is_finished_and_moves_once(shape):
     ids=str,
 )
 def test_means_over_the_pixels_of_each_image(monkeypatch, size, programs, dtype):
-    """Two images in a tile, a tile and a half, several tiles, or one; with tickets of shares before those of the images."""
+    """Two images in a tile, a tile and a half, several tiles, or one, with shares beside."""
     monkeypatch.setattr(_plan, "PROGRAMS", programs)
     given = arguments((size[0], 70, 5, *size[1:], 1), dtype=dtype)[0]
     y, stats, means = RAW.conv2d_fwd(*given, True, True)

@@ -9,6 +9,10 @@ from norms import CL, check_stats, image, needs_native, outcome, same, se, se_te
 from nvae_fast import functional as F
 from nvae_fast.kernels import _triton
 
+pytest.importorskip("triton")
+from nvae_fast.kernels.se_residual import triton as se_launchers  # noqa: E402
+
+RAW = torch.ops.nvae_fast
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 # N, C, H, W, hidden: single pixels and channels, tails of pixels, channels and hidden units, several tiles of an image
@@ -90,6 +94,32 @@ def test_both_schemas_as_in_the_native_code(monkeypatch, means, before):
         monkeypatch.undo()
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize(("tiles", "kernels"), [(None, 1), (1, 1), (4, 1), (0, 2)], ids=["auto", "one", "several", "apart"])
+def test_means_that_were_taken_before(launches, monkeypatch, tiles, kernels, dtype):
+    """Every program finds the gate, of one tile or several, or a launch of its own does: the state and the numbers are those
+    without means, the statistics those of y."""
+    skip, x, *gate = se_tensors(2, 70, 16, 16, 20)
+    skip, x, bn = skip.to(dtype), x.to(dtype), tensor(5, 70, seed=2)
+    if tiles is not None:
+        monkeypatch.setattr(se_launchers, "_chunk", lambda *sizes: tiles)
+    taken = RAW.se_residual_fwd(skip, x, bn, *gate, None, 0.3, True)
+    means = x.float().mean((2, 3))
+    with launches() as names:
+        given = RAW.se_residual_fwd(skip, x, bn, *gate, means, 0.3, True)
+    assert len(names) == kernels
+    check_stats(given[2], given[0])
+    for a, b in zip(taken, given, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3 if dtype == HALF else 1e-5, atol=2e-3 if dtype == HALF else 1e-5)
+
+
+def test_how_many_tiles_a_program_has():
+    """A divisor of an image's, about 1,000 programs and 16 MB of weights at most; 0 where that cannot be."""
+    chunk = se_launchers._chunk
+    assert chunk(4, 128, 124 * 4) == 1 and chunk(16, 512, 124 * 4) == 8 and chunk(8, 384, 124 * 4) == 3
+    assert chunk(60, 2, 1024 * 60) == 2 and chunk(75, 2, 1024 * 60) == 0 and chunk(2, 1031, 400) == 0
 
 
 def test_any_strides_64_bit_offsets_and_reruns_give_the_same_bits(monkeypatch):
