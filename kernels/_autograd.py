@@ -11,12 +11,15 @@ from torch import Tensor
 
 
 def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the backward of a fused op: as `once_differentiable`, with an error that names the cure."""
+    """Decorates the backward of a fused op: as `once_differentiable`, with an error that names the cure. Where no output has a
+    gradient, which what reads them may well say, no input has one."""
     message = f"{op}: the fused backward has no derivative of its own: use impl='reference' to differentiate twice"
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+            if all([g is None for g in grads]):
+                return (None,) * len(ctx.needs_input_grad)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():

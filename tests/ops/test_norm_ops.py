@@ -50,6 +50,26 @@ def test_an_expanded_gradient(name):
     same(*found)
 
 
+class Silent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return 2 * y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@needs_native
+@every
+def test_what_reads_y_may_have_no_gradient_for_it(name):
+    call, tensors, norms = CASES[name]
+    leaves = list(map(leaf, tensors))
+    y = call(leaves, list(map(copied, norms)), "cpu")
+    (3 * leaves[0].sum() + Silent.apply(y).sum()).backward()
+    assert leaves[0].grad.eq(3).all() and all(t.grad is None or not t.grad.any() for t in leaves[1:])
+
+
 @needs_native
 @pytest.mark.parametrize("name", ["bn_act", "pointwise", "depthwise", "branch", "se"])
 def test_bits_depend_neither_on_threads_nor_on_the_run(name):
