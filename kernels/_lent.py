@@ -32,7 +32,8 @@ class Lent:
         return None if dead else found
 
     def give_back(self, dy: Tensor, shares: Tensor) -> None:
-        self._made = TensorWeakRef(dy), dy._version, shares
+        if not dy.is_inference():  # which says nothing of writes to it
+            self._made = TensorWeakRef(dy), dy._version, shares
 
     def shares(self, dy: Tensor) -> Tensor | None:
         """Those of dy, once, and only where it is the very tensor that they were given back with and nobody wrote to it since:

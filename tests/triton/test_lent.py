@@ -160,6 +160,13 @@ def with_second_derivatives(chain):
     return torch.autograd.grad(chain.read(chain.se()), chain.leaves, chain.dz, create_graph=True)
 
 
+def in_inference_mode(chain):
+    """Whose tensors do not say whether they were written to."""
+    z = chain.read(chain.se())
+    with torch.inference_mode():
+        return torch.autograd.grad(z, chain.leaves, chain.dz)
+
+
 def below_a_checkpoint(chain):
     return torch.autograd.grad(chain.read(checkpoint(chain.se, use_reentrant=False)), chain.leaves, chain.dz)
 
@@ -177,7 +184,9 @@ def with_saved_tensors_elsewhere(chain):
 
 # joined passes, se_residual's own
 USES = dict.fromkeys((plainly, looked_at), (1, 0)) | {twice: (2, 0), with_another_of_its_kind: (2, 1)}
-USES |= dict.fromkeys((scaled, scaled_in_place, with_another_reader, by_parts, with_second_derivatives), (1, 1))
+USES |= dict.fromkeys(
+    (scaled, scaled_in_place, with_another_reader, by_parts, with_second_derivatives, in_inference_mode), (1, 1)
+)
 USES |= dict.fromkeys(
     (behind_a_view, behind_a_stranger, below_a_checkpoint, inside_a_checkpoint, with_saved_tensors_elsewhere), (0, 1)
 )
