@@ -101,7 +101,7 @@ def refusal(name: str, value: Any, wanted: Rule) -> Exception:
         if not isinstance(value, LISTS):
             return TypeError(f"{name} is {kind(value)}: expected a list, each entry {wanted.words}")
         i = next(i for i, v in enumerate(value) if not (suits_one(v, wanted) or (v is None and wanted.holes)))
-        name, value = f"{name}[{i}]", value[i]
+        name, value, none = f"{name}[{i}]", value[i], " or None" if wanted.holes else ""
     if isinstance(value, Norm) and wanted.types is NORM:
         found = zip(value._fields, value, FIELDS, strict=True)
         return next(refusal(f"{name}.{field}", v, r) for field, v, r in found if r is not None and not suits(v, r))

@@ -270,7 +270,7 @@ def test_who_asks_whether_the_kernels_run(kernels, monkeypatch):
         (dict(weights=[*preact_weights(5, 6), tensor(4)]), r"weights\[1\] has shape \(4,\): expected \[C_out, 6"),
         (dict(norms=[norm(5), norm(5)]), r"weight of shape \(5,\): expected \(6,\), the channels of weights\[0\]"),
         (dict(dilations=[1, 0]), r"dilations\[1\] is 0: expected a whole number of at least 1"),
-        (dict(dilations=[1, 1.5]), r"dilations\[1\] is float 1.5: expected a whole number"),
+        (dict(dilations=[1, 1.5]), r"dilations\[1\] is float 1.5: expected a whole number$"),
         (dict(x=torch.zeros(5, 4, 4)), r"x has shape \(5, 4, 4\): expected \[N, C, H, W\]"),
         (dict(x=torch.zeros(1, 5, 1, 1)), "batch statistics need more than 1 value per channel"),
         (dict(x=torch.zeros(2, 5, 4, 4, device="meta")), "is on cpu: expected meta, where x is; move it there"),
