@@ -85,7 +85,8 @@ def bn_regularizer(bns: list[nn.BatchNorm2d]) -> Tensor:
         return torch.zeros(())
     joints = [getattr(bn, "joint", None) for bn in bns]
     shared = joints[0] and joints[0][0]
-    zero = shared.claim("norm") if shared and all(j and j[0] is shared for j in joints) else None
+    alike = shared and all(j and j[0] is shared for j in joints) and len(set(joints)) == len(bns)  # a slope each
+    zero = shared.claim("norm") if alike else None
     if zero is None:
         return _largest(torch.cat([bn.weight for bn in bns]), bns)
     # Its gradient joins that of the normalisations on the way to the parameters: as autograd's, which takes twice the passes.

@@ -231,6 +231,14 @@ def test_the_largest_gamma_of_norms_in_a_pass_has_the_slope_that_autograd_gives(
     assert total == 5
 
 
+def test_a_norm_that_is_listed_twice_counts_twice():
+    norms = [BatchNormAct2d(c) for c in (3, 5)]
+    with shared_effective_weights(norms):
+        total = bn_regularizer([*norms, norms[0]])
+    total.backward()
+    assert total == 3 and torch.equal(norms[0].weight.grad, torch.full((3,), 2 / 3))
+
+
 @pytest.mark.parametrize("joint", [False, True], ids=["convolutions", "with norms"])
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
