@@ -57,8 +57,7 @@ def flow_cells(
 ) -> Tensor:
     """z = flow_cell(z, w_in[k], w_dw[k], w_out[k], bias_out[k]) for k = 0, 1, ...: a flow, whole.
 
-    The numbers are those of one call after another; a backward pass of them all at once joins the sums of their weights'
-    gradients in one launch on a GPU, in the place of one each.
+    The numbers are those of one call after another, whose backward passes are one node of autograd here.
 
     Args:
         z, impl: as in `flow_cell`, which also says what is computed.

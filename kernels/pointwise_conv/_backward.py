@@ -20,21 +20,7 @@ from nvae_fast.kernels._tile import (
     store_rows,
 )
 from nvae_fast.kernels.bn_act.tables import store_gradients
-from nvae_fast.kernels.pointwise_conv._device import load_activated
-
-
-@triton.jit
-def load_gradient(dy_ptr, y_ptr, c_ptr, m, n, M, N, C_ROWS: tl.constexpr):
-    """g = c0 dy + c1 y + c2 [BLOCK_M, BLOCK_N] as stored, or dy without c; columns outside are 0. In a c of 2 rows c0 is 1."""
-    g = load_pitched(dy_ptr, m, n, M, N, N)
-    if c_ptr is not None:
-        c1, c2 = load_row(c_ptr, C_ROWS - 2, n, N), load_row(c_ptr, C_ROWS - 1, n, N)
-        rest = load_pitched(y_ptr, m, n, M, N, N).to(tl.float32) * c1[None, :]
-        wide = g.to(tl.float32)
-        if C_ROWS == 3:
-            wide *= load_row(c_ptr, 0, n, N)[None, :]
-        g = (wide + rest + c2[None, :]).to(dy_ptr.dtype.element_ty)
-    return g
+from nvae_fast.kernels.pointwise_conv._device import load_activated, load_gradient
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 Products of tiles, summed in float32. What stands before one (a normalisation with its activation, or the backward of the
 normalisation behind y) is applied to the operand in registers and rounded to the storage type, as autocast rounds what a
-convolution reads. Sums over rows are taken by tiles, or by tasks of CHUNK rows, and joined in float64 (kernels/_join.py): by
-the last tile, those of the weight's gradient and the bias's by programs of the next kernel.
+convolution reads. Sums over rows are taken by tiles, or by tasks of CHUNK rows, and joined in float64 by the last of them
+(kernels/_join.py).
 """
 
 from __future__ import annotations
