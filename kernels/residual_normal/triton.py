@@ -200,7 +200,9 @@ def residual_normal_bwd(dz: Tensor | None, dkl: Tensor | None, dlog_q: Tensor | 
         return found if dbias is None else [*found, dbias.zero_()]
     grads = [half for t in found for half in (t.chunk(2, 1) if joined else [t])]
     like = grads[0] if line_strides(grads[0]) else torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-    out = [t if t.stride() == like.stride() else torch.empty_like(like) for t in grads]
+    out = [
+        t if t.stride() == like.stride() else like.new_empty_strided(like.shape, like.stride()) for t in grads
+    ]  # half of a pair
     tile, (batch, channels) = Tile(parameters[0]), mu_q.shape[:2]
     whole = NO_JOIN if bias is None else join(mu_q, batch * tile.steps, channels, triton.cdiv(channels, tile.group))
     residual_normal_bwd_kernel[(tile.images * tile.steps,)](

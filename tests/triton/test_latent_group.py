@@ -196,3 +196,13 @@ def test_shapes_and_types_that_do_not_fit_are_refused():
         raw.normal_log_prob_bwd(None, torch.zeros(2, 4), None, z, mu, log_sigma, False)
     with pytest.raises(RuntimeError, match="dz has shape"):
         raw.normal_log_prob_bwd(None, None, z[:1], z, mu, log_sigma, False)
+
+
+def test_a_posterior_and_a_prior_of_different_layouts():
+    """The gradients of the one are half of a pair with gaps, in whose strides the other's are made first."""
+    for layouts in ((CL, torch.contiguous_format), (torch.contiguous_format, CL)):
+        (posterior, prior), noise, grads = inputs()
+        dense = group(posterior, prior, noise, grads, "triton", bias=biases(3))
+        mixed = [t.contiguous(memory_format=f) for t, f in zip((posterior, prior), layouts, strict=True)]
+        for a, b in zip(group(*mixed, noise, grads, "triton", bias=biases(3)), dense, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
