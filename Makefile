@@ -10,7 +10,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 # One process each, so that no part depends on what another imported or set; as many at a time as there are processors.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
-PARTS  := $(sort $(patsubst %/,%,$(dir $(wildcard tests/*/test_*.py))))
+LONG   := tests/triton tests/codegen# begun first: they take longest
+PARTS  := $(LONG) $(filter-out $(LONG),$(sort $(patsubst %/,%,$(dir $(wildcard tests/*/test_*.py)))))
 # Stamps carry what they were made with, so that another torch or another kind of build is another stamp.
 DEPS   := $(VENV)/.deps-$(subst =,-,$(TORCH))
 BUILT  := $(VENV)/.built-$(or $(NVAE_FAST_BUILD),auto)
