@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ class NVAE(ModelFiles, nn.Module):
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> NVAEOutput:
         """Encode and decode a batch. `noise`: one standard-normal tensor [B, Z, h, w] per group, top-down (None: drawn; on CUDA
         for all groups at once, so that a seed means other numbers there than on the CPU)."""
-        with shared_effective_weights(self.convolutions()):
+        with self._shared():
             return self.decode_posterior(self.bottom_up(x), noise)
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
@@ -158,10 +159,8 @@ class NVAE(ModelFiles, nn.Module):
             return out.z, h
 
         logits = self._top_down(posterior, features[0].shape[0])
-        kl_groups = torch.stack(kl)  # [N, B, Z]
-        return NVAEOutput(
-            logits, kl_groups.sum(2), kl_groups.mean(1), torch.stack(log_q).sum((0, 2)), torch.stack(log_p).sum((0, 2))
-        )
+        all_kl, all_q, all_p = map(torch.stack, (kl, log_q, log_p))  # [N, B, Z]
+        return NVAEOutput(logits, all_kl.sum(2), all_kl.mean(1), all_q.sum((0, 2)), all_p.sum((0, 2)))
 
     def sample(self, n: int, temperature: float | Sequence[float] = 1.0, noise: Sequence[Tensor] | None = None,
                generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
@@ -180,13 +179,13 @@ class NVAE(ModelFiles, nn.Module):
                 mu, log_sigma = self.dec_sampler[i - 1](h).chunk(2, dim=1)
             return F.normal_sample(mu, log_sigma, noise[i], temperature=temperatures[i], generator=generator), h
 
-        with shared_effective_weights(self.convolutions()):
+        with self._shared():
             return self._top_down(prior, n)
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Logits [B, O, H, W] for given latents [B, Z, h, w], one per group, top-down."""
         self._check_noise(latents, latents[0].shape[0])
-        with shared_effective_weights(self.convolutions()):
+        with self._shared():
             return self._top_down(lambda i, h: (latents[i], h), latents[0].shape[0])
 
     def _top_down(self, draw: Draw, batch: int) -> Tensor:
@@ -225,22 +224,17 @@ class NVAE(ModelFiles, nn.Module):
         the mean KL of every group over processes, for the balancing (`objective.balance_kl`).
         """
         c = self.config
-        convolutions, norms = self.convolutions(), self.batch_norms()
-        with shared_effective_weights(m for m in self.modules() if isinstance(m, (nn.Conv2d, BatchNormAct2d))):
+        parts = [m for m in self.modules() if isinstance(m, (nn.Conv2d, BatchNormAct2d))]  # in one walk: they take time
+        with shared_effective_weights(parts):
             out = self(x, noise)
             bn = sr = out.log_q.new_zeros(())
             if isinstance(spectral_coeff, Tensor) or spectral_coeff:
-                sr = (spectral if spectral is not None else SpectralState())(convolutions)
-                bn = bn_regularizer(norms)
+                sr = (SpectralState() if spectral is None else spectral)([m for m in parts if isinstance(m, nn.Conv2d)])
+                bn = bn_regularizer([m for m in parts if isinstance(m, BatchNormAct2d)])
         dist = self.decoder_output(out.logits)
         recon = reconstruction_loss(dist, reduce_bits(x, c.num_x_bits), c.padding)
-        balanced, gamma = balance_kl(
-            out.kl_all,
-            kl_coeff,
-            kl_alpha(c.groups_per_scale, c.training.kl_balance),
-            balance=self.training,
-            reduce=reduce,
-        )
+        alpha = kl_alpha(c.groups_per_scale, c.training.kl_balance)
+        balanced, gamma = balance_kl(out.kl_all, kl_coeff, alpha, balance=self.training, reduce=reduce)
         total = (recon + balanced).mean() + spectral_coeff * (sr + bn)
         return {
             "total": total, "recon": recon, "kl": out.kl_all.sum(0), "balanced_kl": balanced, "kl_all": out.kl_all,
@@ -249,6 +243,11 @@ class NVAE(ModelFiles, nn.Module):
         }  # fmt: skip
 
     # ---- parts ----------------------------------------------------------------------------------------------------------
+
+    def _shared(self) -> AbstractContextManager[None]:
+        """The weights of one pass, computed once, unless a pass around this one has them."""
+        inside = getattr(self.stem, "effective", None) is not None
+        return nullcontext() if inside else shared_effective_weights(self.convolutions())
 
     def convolutions(self) -> list[nn.Conv2d]:
         """Every convolution of the model, in parameter order."""

@@ -9,8 +9,8 @@ namespace nvae::NVAE_ISA::dw {
 constexpr int kColumns = L == 16 ? 8 : 4;  // outputs in registers
 
 struct Taps {
-  int k, stride, dilation, k0, k1;                // rows k0 <= kh < k1 of the kernel lie inside the image
-  const float* rows[depthwise_conv::kMaxKernel];  // the row under each, from the first tap of column 0
+  int k, stride, dilation, k0, k1;                    // rows k0 <= kh < k1 of the kernel lie inside the image
+  const float* rows[depthwise_conv::kMaxKernel + 1];  // the row under each, from the first tap of column 0
 };
 
 // out(w, acc, Int<P>): P columns from w on.
@@ -62,24 +62,25 @@ NVAE_ALWAYS void convolve_row(const Taps& t, int columns, const vf* wt, const F&
   for (; w < columns; w++) any_columns<1>(t, w, wt, out);
 }
 
-// Input and weight gradient of P columns from one window of g:
-// acc[w] = sum g[h + pad - kh][w + pad - kw] * wt[kh][kw],  dw[kh][kw] += a[w] * g[h + pad - kh][w + pad - kw].
-template <int K, int P, typename F>
+// Input and weight gradient of P columns from one window of g, which lies S columns further for each:
+// acc[w] = sum g[row kh][S w + K - 1 - kw] * wt[kh][kw],  dw[kh][kw] += a[w] * g[row kh][S w + K - 1 - kw].
+template <int K, int S, int P, typename F>
 NVAE_ALWAYS void dense_columns_back(const Taps& t, int w, const vf* wt, vf* dw, const float* act, const F& out) {
   vf acc[P] = {};
   for (int kh = t.k0; kh < t.k1; kh++) {
-    const float* p = t.rows[kh] + (int64_t)w * L;
-    vf g[P + K - 1];
-    NVAE_UNROLL for (int i = 0; i < P + K - 1; i++) g[i] = load(p + i * L);
+    const float* p = t.rows[kh] + (int64_t)w * S * L;
+    constexpr int N = (P - 1) * S + K;
+    vf g[N];
+    NVAE_UNROLL for (int i = 0; i < N; i++) g[i] = load(p + i * L);
     NVAE_UNROLL for (int kw = 0; kw < K; kw++) {
       const vf k = wt[kh * K + kw];
-      NVAE_UNROLL for (int i = 0; i < P; i++) acc[i] += k * g[i + K - 1 - kw];
+      NVAE_UNROLL for (int i = 0; i < P; i++) acc[i] += k * g[i * S + K - 1 - kw];
     }
     vf e[K];
     NVAE_UNROLL for (int kw = 0; kw < K; kw++) e[kw] = dw[kh * K + kw];
     NVAE_UNROLL for (int i = 0; i < P; i++) {
       const vf a = load(act + (w + i) * L);
-      NVAE_UNROLL for (int kw = 0; kw < K; kw++) e[kw] += a * g[i + K - 1 - kw];
+      NVAE_UNROLL for (int kw = 0; kw < K; kw++) e[kw] += a * g[i * S + K - 1 - kw];
     }
     NVAE_UNROLL for (int kw = 0; kw < K; kw++) dw[kh * K + kw] = e[kw];
   }
@@ -93,10 +94,10 @@ NVAE_ALWAYS void any_columns_back(const Taps& t, int w, const vf* wt, vf* dw, co
   for (int kh = t.k0; kh < t.k1; kh++)
     for (int kw = 0; kw < t.k; kw++) {
       const vf k = wt[kh * t.k + kw];
-      const float* p = t.rows[kh] + ((int64_t)w + (t.k - 1 - kw) * t.dilation) * L;
+      const float* p = t.rows[kh] + ((int64_t)w * t.stride + (t.k - 1 - kw) * t.dilation) * L;
       vf e = dw[kh * t.k + kw];
       NVAE_UNROLL for (int i = 0; i < P; i++) {
-        const vf g = load(p + i * L);
+        const vf g = load(p + (int64_t)i * t.stride * L);
         acc[i] += k * g;
         e += a[i] * g;
       }
@@ -105,20 +106,23 @@ NVAE_ALWAYS void any_columns_back(const Taps& t, int w, const vf* wt, vf* dw, co
   out(w, acc, Int<P>{});
 }
 
-template <int K, typename F>
+template <int K, int S, typename F>
 NVAE_ALWAYS void dense_row_back(const Taps& t, int columns, const vf* wt, vf* dw, const float* act, const F& out) {
+  constexpr int P = kColumns / S;
   int w = 0;
-  for (; w + kColumns <= columns; w += kColumns) dense_columns_back<K, kColumns>(t, w, wt, dw, act, out);
-  if constexpr (kColumns > 4)
-    for (; w + 4 <= columns; w += 4) dense_columns_back<K, 4>(t, w, wt, dw, act, out);
-  for (; w + 2 <= columns; w += 2) dense_columns_back<K, 2>(t, w, wt, dw, act, out);
-  for (; w < columns; w++) dense_columns_back<K, 1>(t, w, wt, dw, act, out);
+  for (; w + P <= columns; w += P) dense_columns_back<K, S, P>(t, w, wt, dw, act, out);
+  if constexpr (P > 4)
+    for (; w + 4 <= columns; w += 4) dense_columns_back<K, S, 4>(t, w, wt, dw, act, out);
+  if constexpr (P > 2)
+    for (; w + 2 <= columns; w += 2) dense_columns_back<K, S, 2>(t, w, wt, dw, act, out);
+  for (; w < columns; w++) dense_columns_back<K, S, 1>(t, w, wt, dw, act, out);
 }
 
 template <typename F>
 NVAE_ALWAYS void gradient_row(const Taps& t, int columns, const vf* wt, vf* dw, const float* act, const F& out) {
-  if (t.dilation == 1 && t.k == 5) return dense_row_back<5>(t, columns, wt, dw, act, out);
-  if (t.dilation == 1 && t.k == 3) return dense_row_back<3>(t, columns, wt, dw, act, out);
+  if (t.dilation == 1 && t.stride == 1 && t.k == 5) return dense_row_back<5, 1>(t, columns, wt, dw, act, out);
+  if (t.dilation == 1 && t.stride == 1 && t.k == 3) return dense_row_back<3, 1>(t, columns, wt, dw, act, out);
+  if (t.stride == 2 && t.k == 6) return dense_row_back<6, 2>(t, columns, wt, dw, act, out);  // never dilated
   int w = 0;
   for (; w + kColumns <= columns; w += kColumns) any_columns_back<kColumns>(t, w, wt, dw, act, out);
   for (; w < columns; w++) any_columns_back<1>(t, w, wt, dw, act, out);
