@@ -11,6 +11,7 @@ from norms import (
     copied,
     image,
     instruction_set,
+    leaf,
     needs_native,
     norm,
     outcome,
@@ -57,6 +58,21 @@ def test_a_bias_and_x_handed_on_over_several_tasks(within_budget, dtype):
     args = [image(3, 90, 19, 13), tensor(90, 90, 1, 1, scale=0.1), tensor(90)]
     plain = lambda t, n, impl, **options: F.pointwise_conv(*t, act="elu", impl=impl, **options)  # noqa: E731
     check(skipping(plain), args, [], within_budget, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_gradient_of_x_handed_on_may_have_any_strides(beside):
+    x, weight, bias, other, _ = parts(2, 9, 5, 7, 3, 4)
+    weight = weight if beside else weight[:, :9].contiguous()
+    dy, dx, found = tensor(2, 7, 3, 4, seed=3), tensor(2, 9, 3, 4, seed=4), []
+    window = lambda t: torch.nn.functional.pad(t, (1, 0))[..., 1:]  # noqa: E731
+    for arrange in (torch.clone, lambda t: t.contiguous(memory_format=torch.channels_last), window):
+        leaves = [leaf(t) for t in (x, weight, bias)]
+        out = F.pointwise_conv(*leaves, beside=other if beside else None, act="elu", return_x=1, impl="cpu")
+        found.append(torch.autograd.grad(out, leaves, (dy, arrange(dx))))
+    for grads in found[1:]:
+        assert all(map(torch.equal, grads, found[0]))
 
 
 @needs_native
