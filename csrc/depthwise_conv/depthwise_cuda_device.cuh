@@ -102,13 +102,15 @@ __device__ __forceinline__ void activate_both(float (&u)[N], float (&slope)[N], 
   if (act == kSwish) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      float s;
-      if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        s = fmaf(0.5f, tanh_approximate(0.5f * u[i]), 0.5f);
-      else
-        s = __fdividef(1.0f, 1.0f + __expf(-u[i]));
-      u[i] *= s;
-      slope[i] = fmaf(u[i], 1.0f - s, s);
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const float h = 0.5f * u[i], t = tanh_approximate(h);
+        u[i] = fmaf(h, t, h);
+        slope[i] = fmaf(0.5f, fmaf(h, fmaf(-t, t, 1.0f), t), 0.5f);
+      } else {
+        const float s = __fdividef(1.0f, 1.0f + __expf(-u[i]));
+        u[i] *= s;
+        slope[i] = fmaf(u[i], 1.0f - s, s);
+      }
     }
   } else if (act == kElu) {
 #pragma unroll
