@@ -16,7 +16,7 @@ struct Row {
   int least_side;     // of the image: the longer side must be above it
 };
 constexpr Row kTable[] = {
-    {kTensor, 16, true, false, {5, 5}, 2, 8},  // half the instructions of kCore; below 9 x 9 half of its pixels would be empty
+    {kTensor, 16, true, true, {5, 5}, 2, 8},  // half the instructions of kCore; below 9 x 9 half of its pixels would be empty
     {kCore, 16, true, true, {3, 5}, 4, 8},     // each value read once and activated once, taps from registers
     {kCore, 8, true, true, {3, 5}, 4, 0},      // the same for images that fill a quarter of the large tile
     {kAny, 0, true, true, {1, kMaxKernel}, 4, 0},

@@ -5,7 +5,7 @@
 #include "depthwise_conv/depthwise_cuda_any.cuh"
 #include "depthwise_conv/depthwise_cuda_core.cuh"
 #include "depthwise_conv/depthwise_cuda_plan.h"
-#include "depthwise_conv/depthwise_cuda_tensor.cuh"
+#include "depthwise_conv/depthwise_cuda_tensor_backward.cuh"
 
 namespace nvae::depthwise_conv::cuda {
 
@@ -74,6 +74,11 @@ cudaError_t backward_of(const Problem& p, const Backward& f, const Plan& plan, c
     error = plan.tile == 16 ? core_backwards<T, 5, 16>(p, f, s, stream) : core_backwards<T, 5, 8>(p, f, s, stream);
   if (plan.variant == kCore && p.kernel == 3)
     error = plan.tile == 16 ? core_backwards<T, 3, 16>(p, f, s, stream) : core_backwards<T, 3, 8>(p, f, s, stream);
+  if constexpr (sizeof(T) == 2)
+    if (plan.variant == kTensor) {
+      const dim3 grid(blocks_of(p, kChannels<T>), s.parts);
+      error = start(tensor_backward<T>, grid, kTensorThreads, kTensorBackwardBytes, stream, p, f, s);
+    }
   return error;
 }
 

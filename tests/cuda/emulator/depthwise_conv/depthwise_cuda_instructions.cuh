@@ -8,14 +8,26 @@ namespace nvae::depthwise_conv::cuda {
 // 11 bits of it: as far off as tanh.approx may be.
 inline float tanh_approximate(float x) { return __uint_as_float(__float_as_uint(std::tanh(x)) & 0xffffe000u); }
 
-template <int N>
-void load_matrices(uint32_t (&r)[N], uint32_t address) {
+template <int N, bool TRANSPOSED>
+void load_any(uint32_t (&r)[N], uint32_t address) {
   const uint32_t mine[1] = {address};
   uint32_t all[32][1];
   emulator::gather(mine, all);
   const int lane = emulator::current & 31;
-  for (int i = 0; i < N; i++) std::memcpy(&r[i], shared + all[8 * i + lane / 4][0] + lane % 4 * 4, 4);
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < 2; j++) {
+      const int row = TRANSPOSED ? lane % 4 * 2 + j : lane / 4, column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + j;
+      std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * j, shared + all[8 * i + row][0] + column * 2, 2);
+    }
   emulator::wait(emulator::kWarp);  // no lane goes on to write before all have read
+}
+template <int N>
+void load_matrices(uint32_t (&r)[N], uint32_t address) {
+  load_any<N, false>(r, address);
+}
+template <int N>
+void load_transposed(uint32_t (&r)[N], uint32_t address) {
+  load_any<N, true>(r, address);
 }
 
 template <typename T>
