@@ -2,7 +2,8 @@
 
 Builds the package there, then runs each section in a process of its own with a time limit: a section that fails or hangs costs
 the others nothing, and one that was done for this commit is not run again. Needs Python, torch and nvcc; no network, no git.
-Writes <commit>.json, <commit>.md and the sections' logs as <commit>.logs.tar.gz into the folder --out.
+Writes <commit>.json, <commit>.md, pictures where there is matplotlib, and all of it with the sections' logs as <commit>.tar.gz
+into the folder --out.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ SHORT = ["--preset", "cifar10", "--layers", "4", "--no-compile"]
 SECTIONS: dict[str, tuple[int, list[list[str]]]] = {
     "build": (120, [PIP]),
     "environment": (15, [["nvidia-smi"], [sys.executable, "-m", "nvae_fast.env"]]),
-    "check": (60, [[*CLI, "bench", "--suite", "check", "--device", "{device}", "--json", "{out}/check.json"]]),
+    "check": (55, [[*CLI, "bench", "--suite", "check", "--device", "{device}", "--json", "{out}/check.json"]]),
     "memcheck": (30, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "memcheck", *SANITIZE]]),
     "racecheck": (30, [["compute-sanitizer", "--error-exitcode", "1", "--tool", "racecheck", *SANITIZE]]),
-    "ops": (75, suite("ops", "ops")),
-    "cell": (50, suite("cell", "cell")),
-    "step": (35, suite("step", "step", "--no-compile", "{nvlabs}")),
-    "step_bf16": (45, suite("step", "step_bf16", *SHORT, "--batch-size", "32", "--precision", "bf16", "{nvlabs}")),
-    "sampling": (30, suite("sampling", "sampling", *SHORT, "--batch-size", "16", "{nvlabs}")),
-    "memory": (30, suite("memory", "memory", *SHORT, "--batch-size", "16", "{nvlabs}")),
-    "optimizer": (20, suite("optimizer", "optimizer")),
+    "ops": (70, suite("ops", "ops")),
+    "cell": (45, suite("cell", "cell")),
+    "max_autotune": (45, suite("cell", "max_autotune", "--case", "inverted_residual", "--max-autotune")),
+    "step": (30, suite("step", "step", "--no-compile", "{nvlabs}")),
+    "step_bf16": (40, suite("step", "step_bf16", *SHORT, "--batch-size", "32", "--precision", "bf16", "{nvlabs}")),
+    "sampling": (25, suite("sampling", "sampling", *SHORT, "--batch-size", "16", "{nvlabs}")),
+    "memory": (25, suite("memory", "memory", *SHORT, "--batch-size", "16", "{nvlabs}")),
+    "optimizer": (10, suite("optimizer", "optimizer")),
 }  # fmt: skip
 
 
@@ -87,8 +89,8 @@ def collect(out: Path, states: dict[str, dict], commit: str) -> dict:
         file = out / f"{name}.json"
         if file.is_file():
             part = json.loads(file.read_text())
-            document["rows"] += part.pop("rows")
-            document = part | document
+            document["rows"] += [row | {"section": name} for row in part.pop("rows")]
+            document = part | {key: value for key, value in document.items() if value is not None}
     document["commit"] = commit
     return document
 
@@ -107,16 +109,17 @@ def table(document: dict) -> str:
     if timed:
         lines += [
             "",
-            "| case | phase | implementation | median ms | share of copy rate | MiB | launches | times ours |",
-            "|" + "---|" * 8,
+            "| case | phase | implementation | median ms | share of copy rate | MiB | launches | GPU busy | times ours |",
+            "|" + "---|" * 9,
         ]
     for row in timed:
-        ours = next(r for r in timed if (r["case"], r["phase"]) == (row["case"], row["phase"]))
+        ours = next(r for r in timed if all(r.get(k) == row.get(k) for k in ("section", "case", "phase")))
         cells = [
             row["case"], row["phase"], row["impl"], f"{row['median_ms']:.4g}",
             "" if row["copy_share"] is None else f"{row['copy_share']:.0%}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
             "" if row["launches"] is None else str(row["launches"]),
+            "" if row["busy_share"] is None else f"{row['busy_share']:.0%}",
             ratio(row, ours, "median_ms"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -133,6 +136,18 @@ def table(document: dict) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw(document: dict, path: Path) -> list[Path]:
+    """The pictures that could be drawn, in a process of its own: this one must not import what it builds."""
+    file = path.with_suffix(".json")
+    command = [sys.executable, "-m", "nvae_fast.benchmarks.plot", str(file), str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if document["rows"] else None
+    if done is None or done.returncode:
+        why = "nothing was measured" if done is None else (done.stderr.strip().splitlines() or ["?"])[-1]
+        print(f"no pictures: {why}; python -m nvae_fast.benchmarks.plot {file} {path} draws them elsewhere", flush=True)
+        return []
+    return [Path(line) for line in done.stdout.split()]
 
 
 def ratio(row: dict, ours: dict, key: str) -> str:
@@ -167,9 +182,10 @@ def main() -> int:
     document = collect(work, states, args.commit)
     (args.out / f"{args.commit}.json").write_text(json.dumps(document, indent=1))
     (args.out / f"{args.commit}.md").write_text(table(document))
-    with tarfile.open(args.out / f"{args.commit}.logs.tar.gz", "w:gz") as archive:
-        for log in sorted(work.glob("*.log")):
-            archive.add(log, log.name)
+    pictures = draw(document, args.out / f"{args.commit}.png")
+    with tarfile.open(args.out / f"{args.commit}.tar.gz", "w:gz") as archive:
+        for file in (args.out / f"{args.commit}.json", args.out / f"{args.commit}.md", *pictures, *sorted(work.glob("*.log"))):
+            archive.add(file, file.name)
     print(f"{args.out / args.commit}.md")
     return 0 if all(state["ok"] for state in states.values()) else 1
 

@@ -17,7 +17,7 @@ import torch
 from nvae_fast.benchmarks.plain import plain
 from nvae_fast.benchmarks.report import Row
 from nvae_fast.benchmarks.steps import FORMATS, Step, check_all, contenders, dtype_name, layout_name
-from nvae_fast.benchmarks.timing import peak_bytes
+from nvae_fast.benchmarks.timing import gpu_columns, peak_bytes
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import InputError
 from nvae_fast.estimate import Tracer, available_memory
@@ -59,7 +59,8 @@ def measure_memory(config: NVAEConfig, *, device: torch.device, budget: int | No
                     "shape": [n, config.channels, *config.image_size],
                     "layout": layout_name(name), "impl": name, "phase": "step",
                     "median_ms": None, "min_ms": None, "iqr_ms": None, "rounds": None, "images_per_s": None,
-                    "peak_bytes": f[name][0], "bytes": None, "copy_share": None, "launches": None, "check": f[name][1],
+                    "peak_bytes": f[name][0], "bytes": None, "copy_share": None, **gpu_columns(None, None),
+                    "check": f[name][1],
                     "per_image_bytes": round(per_image), "largest_batch": largest, "budget_bytes": budget, "traced": traced,
                 }
             )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nvae_fast.benchmarks.report import Row
 from nvae_fast.benchmarks.suite import check
-from nvae_fast.benchmarks.timing import interleaved, peak_bytes
+from nvae_fast.benchmarks.timing import gpu_columns, interleaved, peak_bytes
 from nvae_fast.optim import FusedAdamax
 
 SHAPES = [(64,), (384, 1, 5, 5), (64, 64, 1, 1), (384,), (184, 59, 1, 1)]  # 25,000 parameters
@@ -65,7 +65,8 @@ def measure_optimizer(*, rounds: int, device: torch.device, copy_rate: float, co
             "suite": "optimizer", "case": f"adamax/{count}x{values}/float32", "op": "adamax", "shape": [count],
             "dtype": "float32", "layout": "contiguous", "impl": name, "phase": "step", **times[name]._asdict(),
             "images_per_s": None, "peak_bytes": peaks[name], "bytes": moved,
-            "copy_share": moved / times[name].median_ms * 1e3 / copy_rate, "launches": None, "check": checks[name],
+            "copy_share": moved / times[name].median_ms * 1e3 / copy_rate, **gpu_columns(None, None),
+            "check": checks[name],
         }
         for name in RULES
     ]  # fmt: skip

@@ -1,11 +1,17 @@
-"""Bars of a run: a row of panels for each case, one panel for each phase."""
+"""Bars of a run: a row of panels for each case, one panel for each phase; below them the roofline of the ops.
+
+`python -m nvae_fast.benchmarks.plot RESULTS.json FILE.png` draws a run that was kept, what it has of memory into
+FILE.memory.png.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from nvae_fast.benchmarks import memory
+from nvae_fast.benchmarks import memory, roofline
 from nvae_fast.checkpoint.files import atomic_write
 from nvae_fast.errors import InputError
 
@@ -33,8 +39,11 @@ def save_plot(document: dict[str, Any], path: str | Path) -> None:
     phases = {case: list(dict.fromkeys(r["phase"] for r in rows if r["case"] == case)) for case in cases}
     columns = max(map(len, phases.values()))
     bars = [max(sum(r["case"] == case and r["phase"] == phase for r in rows) for phase in phases[case]) for case in cases]
-    figure = Figure(figsize=(11, 0.9 + sum(0.24 * n + 0.62 for n in bars)), layout="constrained")
-    axes = figure.subplots(len(cases), columns, squeeze=False, height_ratios=bars)
+    under = roofline.points(rows) if document.get("rates") else []
+    heights = [0.9 + sum(0.24 * n + 0.62 for n in bars), *([5.0] if under else [])]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    upper, *lower = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    axes = upper.subplots(len(cases), columns, squeeze=False, height_ratios=bars)
     for line, case in zip(axes, cases, strict=True):
         for panel in line[len(phases[case]) :]:
             panel.set_visible(False)
@@ -44,7 +53,22 @@ def save_plot(document: dict[str, Any], path: str | Path) -> None:
         line[0].set_title(case, loc="left", fontsize=9, fontweight="bold")
     threads = f"{document['threads']} thread{'s' if document['threads'] > 1 else ''}"
     figure.suptitle(f"ms: best round (solid) to median; {document['cpu']}, {threads}, torch {document['torch']}", fontsize=9)
+    for part in lower:
+        roofline.draw(part.subplots(), under, document["rates"])
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def save_all(document: dict[str, Any], path: Path) -> list[Path]:
+    """Pictures of a document of several suites: `path`, and beside it that of memory. Returns those that it wrote."""
+    kinds = {
+        path: lambda r: r["suite"] not in ("memory", "check"),
+        path.with_suffix(".memory.png"): lambda r: r["suite"] == "memory",
+    }
+    drawn = {file: [r for r in document["rows"] if wanted(r)] for file, wanted in kinds.items()}
+    for file, rows in drawn.items():
+        if rows:
+            save_plot(document | {"rows": rows}, file)
+    return [file for file, rows in drawn.items() if rows]
 
 
 def _draw(panel: Any, rows: list[dict[str, Any]], *, labels: bool) -> None:
@@ -61,3 +85,7 @@ def _draw(panel: Any, rows: list[dict[str, Any]], *, labels: bool) -> None:
     panel.invert_yaxis()
     panel.tick_params(axis="x", labelsize=7)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    print(*save_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])), sep="\n")

@@ -20,17 +20,21 @@ RATES = ("step", "sampling")  # suites whose tables show images a second
 COPY_BYTES = 2**28  # many times what a cache holds
 
 
-def document(rows: list[Row], device: torch.device) -> dict[str, Any]:
+ROOF = {"cpu": (torch.float32, (16, 128, 32, 32)), "cuda": (torch.bfloat16, (64, 512, 64, 64))}
+"""A 3x3 convolution that is bound by arithmetic, by kind of device: its type and its images."""
+
+
+def document(rows: list[Row], device: torch.device, rates: dict[str, float] | None = None) -> dict[str, Any]:
     """The whole run as JSON holds it. What does not apply is None, such as `commit` and `dirty` outside a git checkout.
 
-    A row's `impl` is ours:<implementation>, eager, eager_channels_last or compile, another form by its name (eager_loop,
-    adam_fused, around_cudnn), a step replayed as one CUDA graph (ours:graph, eager_graph), or nvlabs, the published code;
-    max_autotune is a name kept for runs that have it. Rows of the suite memory also have per_image_bytes, largest_batch,
+    A row's `impl` is ours:<implementation>, eager, eager_channels_last, compile or max_autotune, another form by its name
+    (eager_loop, adam_fused, around_cudnn), a step replayed as one CUDA graph (ours:graph, eager_graph), or nvlabs, the
+    published code. Rows of the suite memory also have per_image_bytes, largest_batch,
     budget_bytes and traced; their `check` is None where no numbers were computed.
     `bytes` is what the op has to move, `copy_share` how near that comes to a copy (above 1 where caches hold it). `launches`
-    counts the kernels of a GPU.
+    counts the kernels of a GPU, `busy_share` is for how much of the time it has one. `rates` are those of `rates`.
     """
-    return {"schema": SCHEMA, **facts(device), "rows": rows}
+    return {"schema": SCHEMA, **facts(device), "rates": rates, "rows": rows}
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -62,6 +66,27 @@ def copy_rate(device: torch.device) -> float:
     return 2 * COPY_BYTES / sorted(seconds[1:])[3]
 
 
+def product_rate(device: torch.device) -> float:
+    """Operations a second, two for a multiply-add, of torch's own dense 3x3 convolution here: the best of five."""
+    dtype, shape = ROOF[device.type]
+    x = torch.ones(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.ones(shape[1], shape[1], 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(6):
+        sync()
+        start = time.perf_counter()
+        y = torch.nn.functional.conv2d(x, w, padding=1)
+        sync()
+        seconds.append(time.perf_counter() - start)
+    return 2 * y.numel() * w[0].numel() / min(seconds[1:])
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """What a device can do at most: bytes copied, and operations of products, a second."""
+    return {"copy": copy_rate(device), "products": product_rate(device)}
+
+
 def ratios(rows: list[Row]) -> dict[tuple[str, str], float]:
     """How many times as long as ours each other row of a case takes, by (phase, impl); ours is the first row of a phase. Only
     where the numbers of both are right."""
@@ -87,6 +112,7 @@ def table(rows: list[Row]) -> Iterator[str]:
             " " * 14 if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:10.2f} MiB",
             "" if row["suite"] not in RATES else f"{row['images_per_s']:9.1f} images/s",
             " " * 6 if row["copy_share"] is None else f"{row['copy_share']:6.0%}",
+            "" if row["launches"] is None else f"{row['launches']} launches, busy {row['busy_share']:.0%}",
         ]
         yield "  " + "  ".join(cells).rstrip() + _complaint(row["check"])
         phase = row["phase"]

@@ -4,7 +4,7 @@ float64 before anything is timed."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from nvae_fast.benchmarks.plain import plain
 from nvae_fast.benchmarks.report import Row
 from nvae_fast.benchmarks.steps import FORMATS, SECONDS, dtype_name, layout_name, lowered
-from nvae_fast.benchmarks.suite import check
-from nvae_fast.benchmarks.timing import graphed, interleaved, launches, peak_bytes
+from nvae_fast.benchmarks.suite import COMPILED, check
+from nvae_fast.benchmarks.timing import gpu_columns, gpu_work, graphed, interleaved, peak_bytes
 from nvae_fast.config import NVAEConfig
 from nvae_fast.folding import folded
 from nvae_fast.kernels._impl import use_impl
@@ -62,15 +62,15 @@ def contenders(config: NVAEConfig, batch: int, device: torch.device) -> dict[str
     return draws
 
 
-def compiled(eager: Draw, say: Callable[[str], None]) -> Draw | None:
-    """The plain model's sampling under torch.compile; None where that fails."""
+def compiled(eager: Draw, say: Callable[[str], None], name: str = "compile") -> Draw | None:
+    """The plain model's sampling under torch.compile, in the mode that `COMPILED` has for the name; None where that fails."""
     torch.compiler.reset()
     model = copy.deepcopy(eager.model)
-    draw = Draw(model, eager.noise, "reference", torch.compile(model.sample))
+    draw = Draw(model, eager.noise, "reference", torch.compile(model.sample, mode=COMPILED[name]))
     try:
         draw()
     except Exception as error:  # of Dynamo, Inductor or the compiler it calls
-        say(f"  no row for compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        say(f"  no row for {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
     return draw
 
@@ -88,20 +88,20 @@ def check_all(draws: dict[str, Draw], exact: Draw) -> dict[str, dict[str, Any]]:
 
 
 def measure_sampling(
-    config: NVAEConfig, *, rounds: int, device: torch.device, batch: int = BATCH, compile_too: bool = True,
+    config: NVAEConfig, *, rounds: int, device: torch.device, batch: int = BATCH, compilers: Sequence[str] = (),
     checkout: Checkout | None = None, say: Callable[[str], None] = print,
 ) -> list[Row]:  # fmt: skip
     """The rows of one configuration's sampling, ours first. On a GPU a call is a replay of its CUDA graph, where it has one;
     that of the published code of a `checkout` is the code as shipped."""
     draws = contenders(config, batch, device)
     exact = draws.pop("exact")
-    rivals = {"compile": compiled(draws["eager_channels_last"], say) if compile_too else None,
-              "nvlabs": checkout.draw(draws["ours:auto"], say) if checkout else None}  # fmt: skip
+    rivals = {name: compiled(draws["eager_channels_last"], say, name) for name in compilers}
+    rivals["nvlabs"] = checkout.draw(draws["ours:auto"], say) if checkout else None
     draws |= {name: draw for name, draw in rivals.items() if draw is not None}
     checks = check_all(draws, exact)
     on_cpu = device.type == "cpu"
-    peaks = {name: None if on_cpu and name == "compile" else peak_bytes(draw, device) for name, draw in draws.items()}
-    counts = {} if on_cpu else {name: launches(draw) for name, draw in draws.items()}
+    peaks = {name: None if on_cpu and name in COMPILED else peak_bytes(draw, device) for name, draw in draws.items()}
+    work = {} if on_cpu else {name: gpu_work(draw) for name, draw in draws.items()}
     calls = {name: draw if on_cpu or name == "nvlabs" else graphed(draw) for name, draw in draws.items()}
     times = interleaved(calls, rounds=rounds, budget_s=SECONDS)
     shape = [batch, config.channels, *config.image_size]
@@ -110,7 +110,8 @@ def measure_sampling(
             "suite": "sampling", "case": f"sample/{config.name}/{batch}", "op": "sample", "shape": shape,
             "dtype": dtype_name(draw.dtype), "layout": layout_name(name), "impl": name, "phase": "sample",
             **times[name]._asdict(), "images_per_s": batch / times[name].median_ms * 1e3, "peak_bytes": peaks[name],
-            "bytes": None, "copy_share": None, "launches": counts.get(name), "check": checks[name],
+            "bytes": None, "copy_share": None, **gpu_columns(work.get(name), times[name].median_ms),
+            "check": checks[name],
         }
         for name, draw in draws.items()
     ]  # fmt: skip

@@ -6,14 +6,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nvae_fast.benchmarks.plain import plain
-from nvae_fast.benchmarks.timing import interleaved, launches, peak_bytes
+from nvae_fast.benchmarks.suite import COMPILED
+from nvae_fast.benchmarks.timing import gpu_columns, gpu_work, interleaved, peak_bytes
 from nvae_fast.config import NVAEConfig
 from nvae_fast.errors import InputError
 from nvae_fast.kernels._impl import use_impl
@@ -168,12 +169,12 @@ def check_all(steps: dict[str, Step], exact: Step) -> dict[str, dict[str, Any]]:
     return {name: check(numbers[name], yardsticks[s.dtype], truth, s.dtype) for name, s in steps.items()}
 
 
-def compiled(ours: Step, say: Callable[[str], None]) -> Step | None:
-    """Our model on torch's own operations, its forward and loss, and their backward, under torch.compile; None where that
-    fails. The regularisers of the weights stay outside, and it has the rewrites of our modules: otherwise Inductor of torch
-    2.13 stops with an error of its own."""
+def compiled(ours: Step, say: Callable[[str], None], name: str = "compile") -> Step | None:
+    """Our model on torch's own operations, its forward and loss, and their backward, under torch.compile in the mode that
+    `COMPILED` has for the name; None where that fails. The regularisers of the weights stay outside, and it has the rewrites of
+    our modules: otherwise Inductor of torch 2.13 stops with an error of its own."""
     step = Step(copy.deepcopy(ours.model), copy.deepcopy(ours.spectral), ours.x, ours.noise, "reference", ours.dtype)
-    model, inner = step.model, torch.compile(step.model.loss)
+    model, inner = step.model, torch.compile(step.model.loss, mode=COMPILED[name])
 
     def total() -> Tensor:
         loss = inner(step.x, kl_coeff=KL_COEFF, noise=step.noise)["total"]
@@ -183,14 +184,14 @@ def compiled(ours: Step, say: Callable[[str], None]) -> Step | None:
     try:
         step.backward()
     except Exception as error:  # of Dynamo, Inductor or the compiler it calls
-        say(f"  no row for compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        say(f"  no row for {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
     step.spectral.load_state_dict(ours.spectral.state_dict())
     return step
 
 
 def measure_step(
-    config: NVAEConfig, *, rounds: int, device: torch.device, compile_too: bool = True, dtype: torch.dtype = torch.float32,
+    config: NVAEConfig, *, rounds: int, device: torch.device, compilers: Sequence[str] = (), dtype: torch.dtype = torch.float32,
     checkout: Checkout | None = None, say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one configuration's step, ours first: in float32, or under autocast to `dtype`. With a `checkout`, the
@@ -198,20 +199,20 @@ def measure_step(
     steps = contenders(config, device, dtype)
     exact = steps.pop("exact")
     ours = steps["ours:auto"]
-    rivals = {"compile": compiled(ours, say) if compile_too else None,
-              "nvlabs": checkout.step(ours, dtype, say) if checkout else None}  # fmt: skip
+    rivals = {name: compiled(ours, say, name) for name in compilers}
+    rivals["nvlabs"] = checkout.step(ours, dtype, say) if checkout else None
     on_gpu = device.type == "cuda"
     if on_gpu:
         rivals |= recorded(steps, say)
     steps |= {name: step for name, step in rivals.items() if step is not None}
     checks = check_all(steps, exact)
-    peaks, counts = {}, {}
+    peaks, work = {}, {}
     for name, step in steps.items():
         step()  # the optimiser's state is there from now on
         step.optimizer.zero_grad(set_to_none=True)
-        hidden = name.endswith("graph") or (name == "compile" and not on_gpu)  # their memory was taken before, or elsewhere
+        hidden = name.endswith("graph") or (name in COMPILED and not on_gpu)  # their memory was taken before, or elsewhere
         peaks[name] = None if hidden else peak_bytes(step, device)
-        counts[name] = launches(step) if on_gpu else None
+        work[name] = gpu_work(step) if on_gpu else None
     times = interleaved(dict(steps), rounds=rounds, budget_s=SECONDS)
     shape = [config.training.batch_size, config.channels, *config.image_size]
     return [
@@ -219,7 +220,8 @@ def measure_step(
             "suite": "step", "case": case_name(config, dtype), "op": "train_step", "shape": shape,
             "dtype": dtype_name(step.dtype), "layout": layout_name(name), "impl": name, "phase": "step",
             **times[name]._asdict(), "images_per_s": shape[0] / times[name].median_ms * 1e3, "peak_bytes": peaks[name],
-            "bytes": None, "copy_share": None, "launches": counts[name], "check": checks[name],
+            "bytes": None, "copy_share": None, **gpu_columns(work[name], times[name].median_ms),
+            "check": checks[name],
         }
         for name, step in steps.items()
     ]  # fmt: skip

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from nvae_fast.benchmarks.cases import Case
 from nvae_fast.benchmarks.ops import Inputs, Tensors
-from nvae_fast.benchmarks.timing import graphed, interleaved, launches, peak_bytes
+from nvae_fast.benchmarks.timing import Work, gpu_columns, gpu_work, graphed, interleaved, peak_bytes
 from nvae_fast.kernels import _impl
 
 PHASES = ("fwd", "fwd_bwd")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 RIVALS = {"eager": "contiguous", "eager_channels_last": "channels_last"}
-"""The plain composition by the layout of its inputs; "compile" is the second of them under torch.compile."""
-LAYOUTS = RIVALS | {"compile": "channels_last"}
+"""The plain composition by the layout of its inputs."""
+COMPILED = {"compile": None, "max_autotune": "max-autotune-no-cudagraphs"}
+"""The second of them under torch.compile, by name its mode. On a GPU every contender is recorded as a graph anyway."""
+LAYOUTS = RIVALS | dict.fromkeys(COMPILED, "channels_last")
 OTHERS = "channels_last"  # the layout of further rivals' inputs, as of our own
 SECONDS = 30.0
 """A case ends after this time even if it had fewer rounds (at least 3)."""
@@ -57,7 +59,7 @@ def implementations(case: Case, inputs: Inputs) -> list[str]:
 
 
 def contenders(
-    case: Case, device: torch.device, *, compiled: bool = True, say: Callable[[str], None] = print
+    case: Case, device: torch.device, *, compilers: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> tuple[dict[str, Runner], list[Tensor]]:
     """Who competes, by name, ours first, and what all of them should return: the plain op's outputs and gradients in float64.
 
@@ -75,9 +77,9 @@ def contenders(
         runners[name] = _runner(case.recipe.plain, inputs[layout], gradients)
     for name, function in case.recipe.rivals(device).items():
         runners[name] = _runner(function, inputs[OTHERS], gradients)
-    if compiled:
-        rival = _compiled(runners["eager_channels_last"], say)
-        runners |= {"compile": rival} if rival else {}
+    for name in compilers:
+        rival = _compiled(runners["eager_channels_last"], name, say)
+        runners |= {name: rival} if rival else {}
     return runners, _runner(case.recipe.plain, exact, gradients)("fwd_bwd")
 
 
@@ -87,24 +89,25 @@ def measure(
     rounds: int,
     device: torch.device,
     copy_rate: float,
-    compiled: bool = True,
+    compilers: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """The rows of a case, ours first: one for each contender and phase. `copy_rate` is in bytes a second, read and written."""
-    runners, truth = contenders(case, device, compiled=compiled, say=say)
+    """The rows of a case, ours first: one for each contender and phase. `copy_rate` is in bytes a second, read and written;
+    `compilers` are names in `COMPILED`."""
+    runners, truth = contenders(case, device, compilers=compilers, say=say)
     checks, peaks = {}, {}
     for phase in PHASES:
         plain = [runners[name](phase) for name in RIVALS]
         for name, run in runners.items():
             checks[name, phase] = check(run(phase), plain, truth)
-            peaks[name, phase] = None if name == "compile" else peak_bytes(partial(run, phase), device)
+            peaks[name, phase] = None if name in COMPILED else peak_bytes(partial(run, phase), device)
     eager = runners["eager"]
     forward, backward = case.recipe.traffic(eager.inputs, eager("fwd")) or (None, None)
     traffic = {"fwd": forward, "fwd_bwd": None if forward is None else forward + backward}
     calls = {f"{name} {phase}": partial(run, phase) for phase in PHASES for name, run in runners.items()}
-    counts: dict[str, int] = {}
+    work: dict[str, Work] = {}
     if device.type == "cuda":
-        counts = {name: launches(call) for name, call in calls.items()}
+        work = {name: gpu_work(call) for name, call in calls.items()}
         calls = {name: graphed(call) for name, call in calls.items()}
     times = interleaved(calls, rounds=rounds, budget_s=SECONDS)
 
@@ -128,7 +131,7 @@ def measure(
                     "peak_bytes": peaks[name, phase],
                     "bytes": moved,
                     "copy_share": None if moved is None else moved / seconds / copy_rate,
-                    "launches": counts.get(f"{name} {phase}"),
+                    **gpu_columns(work.get(f"{name} {phase}"), time.median_ms),
                     "check": checks[name, phase],
                 }
             )
@@ -177,14 +180,14 @@ def _runner(function: Callable[[Inputs], Tensors], inputs: Inputs, gradients: Se
     return Runner(function, inputs, [None if dy is None else torch.empty_like(y).copy_(dy) for y, dy in pairs])
 
 
-def _compiled(plain: Runner, say: Callable[[str], None]) -> Runner | None:
-    """The same under torch.compile, compiled for both phases; None where that fails."""
+def _compiled(plain: Runner, name: str, say: Callable[[str], None]) -> Runner | None:
+    """The same under torch.compile, as `COMPILED` says, compiled for both phases; None where that fails."""
     torch.compiler.reset()  # every case on its own: no shapes made dynamic by the case before
     try:
-        run = _runner(torch.compile(plain.function), plain.inputs, plain.gradients)
+        run = _runner(torch.compile(plain.function, mode=COMPILED[name]), plain.inputs, plain.gradients)
         for phase in PHASES:
             run(phase)
     except Exception as error:  # of Dynamo, Inductor or the compiler it calls
-        say(f"  no row for compile: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        say(f"  no row for {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return None
     return run

@@ -23,8 +23,8 @@ def rate() -> float:
 
 @pytest.mark.parametrize("case", select("ops"), ids=lambda case: case.name)
 def test_op(benchmark, case, rate):
-    rows = measure(case, rounds=5, device=CPU, copy_rate=rate, compiled=False)
+    rows = measure(case, rounds=5, device=CPU, copy_rate=rate)
     benchmark.extra_info["rows"] = rows
     assert all(row["check"]["ok"] for row in rows if row["impl"].startswith("ours:"))
-    ours, *_ = contenders(case, CPU, compiled=False)[0].values()
+    ours, *_ = contenders(case, CPU)[0].values()
     benchmark.pedantic(ours, args=("fwd_bwd",), rounds=10, warmup_rounds=2)

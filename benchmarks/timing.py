@@ -41,15 +41,30 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def launches(call: Callable[[], object]) -> int:
-    """Kernels, copies and fills that one call has the GPU do."""
+class Work(NamedTuple):
+    """Kernels, copies and fills that one call has the GPU do, and the milliseconds that they take on it."""
+
+    launches: int
+    busy_ms: float
+
+
+def gpu_work(call: Callable[[], object]) -> Work:
+    """That of one call, from a trace of its second."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+    events = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return Work(len(events), sum(event.time_range.elapsed_us() for event in events) / 1e3)
+
+
+def gpu_columns(work: Work | None, median_ms: float | None) -> dict[str, float | None]:
+    """What a row says of it: how many, and for which share of the call the GPU is busy. None on a CPU."""
+    if work is None or median_ms is None:
+        return {"launches": None, "busy_share": None}
+    return {"launches": work.launches, "busy_share": work.busy_ms / median_ms}
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

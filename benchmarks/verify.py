@@ -37,7 +37,7 @@ def cases(device: torch.device) -> list[Case]:
 
 def verify(case: Case, device: torch.device) -> Iterator[Row]:
     """A row for each of our implementations: forward, forward and backward, and whether a second run has the same bits."""
-    runners, truth = contenders(case, device, compiled=False)
+    runners, truth = contenders(case, device)
     for phase in ("fwd", "fwd_bwd"):
         plain = [runners[name](phase) for name in RIVALS]
         for name, run in runners.items():

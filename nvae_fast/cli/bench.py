@@ -48,8 +48,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="times that each implementation runs, in turn [20]")
     parser.add_argument("--threads", type=int, help="CPU threads [torch's choice]")
     parser.add_argument("--compile", action=OnOff, default=True, help="torch.compile as a rival: slow to start [on]")
+    parser.add_argument("--max_autotune", action=OnOff, default=False, help="and its mode max-autotune: slower still [off]")
     parser.add_argument("--json", metavar="FILE", help="write all rows")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw all rows as bars (needs matplotlib)")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw all rows as bars, and ops under the roofline (needs matplotlib)"
+    )
     add_device_flag(parser)
 
 
@@ -78,18 +81,25 @@ def run(args: argparse.Namespace) -> None:
     if args.suite == "check":
         check_numbers(args, device)
         return
-    rate = report.copy_rate(device)
+    rates = report.rates(device)
     about = report.facts(device)
-    print(f"{about['device']} ({about['cpu']}), {about['threads']} threads, torch {about['torch']}, copy {rate / 1e9:.1f} GB/s")
+    print(f"{about['device']} ({about['cpu']}), {about['threads']} threads, torch {about['torch']}, "
+          f"copy {rates['copy'] / 1e9:.1f} GB/s, products {rates['products'] / 1e9:.0f} GFLOP/s")  # fmt: skip
     print(report.LEGEND)
-    rows = [] if cases else whole(args, config, device, rate, checkout)
+    rows = [] if cases else whole(args, config, device, rates["copy"], checkout)
     for case in cases:
-        new = measure(case, rounds=args.rounds, device=device, copy_rate=rate, compiled=args.compile)
+        new = measure(case, rounds=args.rounds, device=device, copy_rate=rates["copy"], compilers=compilers(args))
         print(*report.table(new), sep="\n", flush=True)
         rows += new
-    write_json(args.json, report.document(rows, device))
+    document = report.document(rows, device, rates)
+    write_json(args.json, document)
     if args.plot:
-        save_plot(report.document(rows, device), args.plot)
+        save_plot(document, args.plot)
+
+
+def compilers(args: argparse.Namespace) -> list[str]:
+    """The rivals under torch.compile that were asked for."""
+    return [name for name, wanted in (("compile", args.compile), ("max_autotune", args.max_autotune)) if wanted]
 
 
 def configuration(args: argparse.Namespace) -> NVAEConfig:
@@ -131,11 +141,11 @@ def whole(
         from nvae_fast.training.step import PRECISIONS
 
         dtype = PRECISIONS[args.precision]
-        rows = measure_step(config, compile_too=args.compile, dtype=dtype, checkout=checkout, **both)
+        rows = measure_step(config, compilers=compilers(args), dtype=dtype, checkout=checkout, **both)
     elif args.suite == "sampling":
         from nvae_fast.benchmarks.sampling import BATCH, measure_sampling
 
-        rows = measure_sampling(config, batch=args.batch_size or BATCH, compile_too=args.compile, checkout=checkout, **both)
+        rows = measure_sampling(config, batch=args.batch_size or BATCH, compilers=compilers(args), checkout=checkout, **both)
     elif args.suite == "optimizer":
         from nvae_fast.benchmarks.optimizer import measure_optimizer
 

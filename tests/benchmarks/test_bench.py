@@ -22,15 +22,15 @@ from nvae_fast.presets import PRESETS
 from .conftest import SMALL
 
 CPU = torch.device("cpu")
-TOP = {"schema", "commit", "dirty", "date", "device", "cpu", "torch", "triton", "threads", "rows"}
+TOP = {"schema", "commit", "dirty", "date", "device", "cpu", "torch", "triton", "threads", "rates", "rows"}
 ROW = (
     "suite case op shape dtype layout impl phase median_ms min_ms iqr_ms rounds images_per_s peak_bytes bytes copy_share "
-    "launches check"
+    "launches busy_share check"
 ).split()
 
 
 def measure(case, **options):
-    return suite.measure(case, rounds=3, device=CPU, copy_rate=1e10, **{"compiled": False} | options)
+    return suite.measure(case, rounds=3, device=CPU, copy_rate=1e10, **options)
 
 
 def test_the_table():
@@ -98,19 +98,27 @@ def test_ratios_are_to_the_first_of_ours():
 
 def test_compile_competes_where_it_can(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    rows = measure(SMALL[-1], compiled=True)
+    rows = measure(SMALL[-1], compilers=["compile"])
     mine = [row for row in rows if row["impl"] == "compile"]
     assert [row["phase"] for row in mine] == list(suite.PHASES)
     assert all(row["peak_bytes"] is None and row["layout"] == "channels_last" for row in mine)
+
+
+def test_max_autotune_is_a_rival_of_its_own(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode: modes.append(mode) or function)
+    rows = measure(SMALL[1], compilers=["compile", "max_autotune"])
+    assert modes == [None, "max-autotune-no-cudagraphs"]
+    assert [row["impl"] for row in rows if row["phase"] == "fwd"][-2:] == ["compile", "max_autotune"]
 
 
 def test_where_compile_fails_a_line_says_why(monkeypatch):
     def broken(*args):
         raise RuntimeError("no compiler\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: broken)
     said = []
-    rows = measure(SMALL[1], compiled=True, say=said.append)
+    rows = measure(SMALL[1], compilers=["compile"], say=said.append)
     assert said == ["  no row for compile: RuntimeError: no compiler"]
     assert "compile" not in {row["impl"] for row in rows}
 
@@ -183,7 +191,7 @@ def test_a_plot_without_matplotlib_is_one_line(capsys, monkeypatch):
 
 def test_a_training_step_is_checked_timed_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = steps.measure_step(PRESETS["demo"], rounds=3, device=CPU, compile_too=False)
+    rows = steps.measure_step(PRESETS["demo"], rounds=3, device=CPU)
     assert [row["impl"] for row in rows] == ["ours:auto", "eager_channels_last", "eager"]
     assert all(list(row) == ROW and row["check"]["ok"] and row["rounds"] >= 3 for row in rows)
     if _impl.load_native()[0] is not None:

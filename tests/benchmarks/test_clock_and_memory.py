@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import torch
 
-from nvae_fast.benchmarks.timing import interleaved
+from nvae_fast.benchmarks.timing import Work, gpu_columns, gpu_work, interleaved
 from nvae_fast.memory import PeakMemory
 
 
@@ -21,6 +22,33 @@ def test_rivals_take_turns():
 
 def test_a_spent_budget_leaves_three_rounds():
     assert interleaved({"a": lambda: None}, rounds=50, budget_s=0)["a"].rounds == 3
+
+
+def test_what_the_gpu_does_of_a_trace(monkeypatch):
+    """The second call is traced; events of the CPU do not count."""
+    kinds, calls = torch.autograd.DeviceType, []
+
+    class Trace:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            assert len(calls) == 1
+            return self
+
+        def __exit__(self, *_):
+            assert len(calls) == 2
+
+        def events(self):
+            spans = [(kinds.CUDA, 1500.0), (kinds.CPU, 9000.0), (kinds.CUDA, 500.0)]
+            return [SimpleNamespace(device_type=k, time_range=SimpleNamespace(elapsed_us=lambda t=t: t)) for k, t in spans]
+
+    monkeypatch.setattr(torch.profiler, "profile", Trace)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    work = gpu_work(lambda: calls.append(1))
+    assert work == Work(2, 2.0)
+    assert gpu_columns(work, 4.0) == {"launches": 2, "busy_share": 0.5}
+    assert gpu_columns(None, 4.0) == gpu_columns(work, None) == {"launches": None, "busy_share": None}
 
 
 def test_peak_memory_of_a_known_sequence():

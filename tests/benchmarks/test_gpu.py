@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def test_the_whole_command(tmp_path):
     assert states["check"]["ok"]
     assert first.returncode == (0 if states["environment"]["ok"] else 1)
     assert "checks against float64, 0 failed" in (tmp_path / "abc.md").read_text()
+    with tarfile.open(tmp_path / "abc.tar.gz") as archive:
+        assert {"abc.json", "abc.md", "check.log", "environment.log"} <= set(archive.getnames())
     again = subprocess.run(command, capture_output=True, text=True)
     assert "check        done before" in again.stdout
 
@@ -65,12 +68,12 @@ def test_sections_fail_alone_and_say_why(gpu, tmp_path, monkeypatch):
 
 
 def test_no_ratio_beside_wrong_numbers(gpu):
-    row = {"suite": "ops", "case": "c", "phase": "fwd", "copy_share": 0.5, "peak_bytes": None, "launches": 3}
+    row = {"suite": "ops", "case": "c", "phase": "fwd", "copy_share": 0.5, "peak_bytes": None, "launches": 3, "busy_share": 0.9}
     rows = [row | {"impl": "ours:cuda", "median_ms": 1.0, "check": {"ok": True}},
             row | {"impl": "eager", "median_ms": 2.0, "check": {"ok": True}},
             row | {"impl": "compile", "median_ms": 4.0, "check": {"ok": False}}]  # fmt: skip
     text = gpu.table({"commit": "abc", "sections": [], "rows": rows})
-    assert "| eager | 2 | 50% |  | 3 | 2.00 |" in text and "| compile | 4 | 50% |  | 3 | numbers not ok |" in text
+    assert "| eager | 2 | 50% |  | 3 | 90% | 2.00 |" in text and "| compile | 4 | 50% |  | 3 | 90% | numbers not ok |" in text
 
 
 def test_the_table_of_memory(gpu):

@@ -25,7 +25,7 @@ SMALL = dataclasses.replace(steps.shrunk(PRESETS["demo"], 1, 2), num_channels_en
 
 
 def measure_step(folder, **options):
-    return steps.measure_step(SMALL, rounds=3, device=CPU, compile_too=False, checkout=Checkout(folder), **options)
+    return steps.measure_step(SMALL, rounds=3, device=CPU, checkout=Checkout(folder), **options)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_float16_has_a_loss_scale_and_a_yardstick_of_its_own(tmp_path, monkeypat
     before = [p.clone() for p in found["nvlabs"].model.parameters()]
     found["nvlabs"]()
     assert sum(not torch.equal(a, b) for a, b in zip(before, found["nvlabs"].model.parameters(), strict=True)) > len(before) / 2
-    rows = sampling.measure_sampling(SMALL, rounds=3, device=CPU, batch=2, compile_too=False, checkout=checkout)
+    rows = sampling.measure_sampling(SMALL, rounds=3, device=CPU, batch=2, checkout=checkout)
     assert rows[-1]["dtype"] == "float16" and rows[-1]["check"]["ok"] and rows[0]["dtype"] == "float32"
 
 
@@ -97,7 +97,7 @@ def test_a_wrong_step_has_no_ratio(planted, tmp_path):
 
 
 def test_it_competes_in_sampling(tmp_path):
-    options = {"rounds": 3, "device": CPU, "batch": 3, "compile_too": False}
+    options = {"rounds": 3, "device": CPU, "batch": 3}
     rows = sampling.measure_sampling(SMALL, checkout=Checkout(write(tmp_path / "right")), **options)
     assert rows[-1]["impl"] == "nvlabs" and rows[-1]["check"]["ok"] and rows[-1]["peak_bytes"] > 0
     wrong = Checkout(write(tmp_path / "wrong", sample="1.001 * self.inner.sample(n, t, self.draws(n))"))
@@ -199,7 +199,7 @@ def test_bad_flags_are_one_line(flags, words, tmp_path, capsys):
 def test_another_balance_is_refused(tmp_path):
     config = dataclasses.replace(SMALL, training=dataclasses.replace(SMALL.training, kl_balance="linear"))
     with pytest.raises(InputError, match="its KL balance is 'square', that of .* is 'linear'"):
-        steps.measure_step(config, rounds=3, device=CPU, compile_too=False, checkout=Checkout(write(tmp_path)))
+        steps.measure_step(config, rounds=3, device=CPU, checkout=Checkout(write(tmp_path)))
 
 
 def test_the_command(tmp_path, small, capsys):

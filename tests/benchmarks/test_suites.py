@@ -38,7 +38,7 @@ def test_layers_and_batch_shorten_a_preset_and_its_name_says_so():
 
 
 def test_sampling_is_checked_and_timed():
-    rows = sampling.measure_sampling(TINY, rounds=3, device=CPU, batch=5, compile_too=False)
+    rows = sampling.measure_sampling(TINY, rounds=3, device=CPU, batch=5)
     assert [row["impl"] for row in rows] == ["ours:auto", "eager_channels_last", "eager"]
     assert all(row["check"]["ok"] and row["shape"] == [5, 1, 8, 8] and row["images_per_s"] > 0 for row in rows)
     lines = list(report.table(rows))
@@ -52,13 +52,13 @@ def test_a_wrong_sample_has_no_ratio(monkeypatch):
         "sample",
         lambda self, *args: right(self, *args) * (1.001 if type(self.stem).__name__ == "WeightNormConv2d" else 1),
     )
-    rows = sampling.measure_sampling(TINY, rounds=3, device=CPU, batch=2, compile_too=False)
+    rows = sampling.measure_sampling(TINY, rounds=3, device=CPU, batch=2)
     assert [row["check"]["ok"] for row in rows] == [False, True, True] and report.ratios(rows) == {}
 
 
 def test_compile_competes_in_sampling(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    rows = sampling.measure_sampling(TINY, rounds=3, device=CPU, batch=2)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    rows = sampling.measure_sampling(TINY, rounds=3, device=CPU, batch=2, compilers=["compile"])
     assert rows[-1]["impl"] == "compile" and rows[-1]["check"]["ok"] and rows[-1]["peak_bytes"] is None
 
 
@@ -125,7 +125,7 @@ def test_a_branch_competes_with_itself_around_cudnn():
 
 
 def test_the_loop_over_matrices_competes():
-    rows = suite.measure(Case("ops", "power_iteration", (6,)), rounds=3, device=CPU, copy_rate=1e10, compiled=False)
+    rows = suite.measure(Case("ops", "power_iteration", (6,)), rounds=3, device=CPU, copy_rate=1e10)
     loops = [row for row in rows if row["impl"] == "eager_loop"]
     assert len(loops) == 2 and all(row["check"]["error"] <= 20 * row["check"]["budget"] for row in loops)
     inputs = Case("ops", "power_iteration", (12,)).inputs()
