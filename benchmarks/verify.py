@@ -1,15 +1,24 @@
-"""Numbers only: every op and implementation that runs on a device, on small awkward shapes and in every dtype, twice."""
+"""Numbers only: every op and implementation that runs on a device, on small awkward shapes and in every dtype, twice; and the
+training step, which has the same bits every time, as a CUDA graph too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nvae_fast.benchmarks.cases import RECIPES, Case
 from nvae_fast.benchmarks.report import Row
+from nvae_fast.benchmarks.steps import KL_COEFF, SPECTRAL_COEFF, make_batch, shrunk
 from nvae_fast.benchmarks.suite import RIVALS, check, contenders
+from nvae_fast.model import NVAE
+from nvae_fast.optim import make_optimizer
+from nvae_fast.presets import PRESETS
+from nvae_fast.regularization import SpectralState
+from nvae_fast.training.step import TrainingStep
 
 IMAGES = ((2, 32, 16, 16), (3, 20, 7, 5), (1, 33, 12, 9), (2, 72, 1, 3), (1, 8, 40, 36))
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -21,6 +30,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "flow_cell": ((2, 20, 16, 16), (1, 4, 7, 5), (3, 8, 1, 6)),
 }
 FLOAT32_ONLY = {"power_iteration", "weight_norm"}
+STEPS, STEP = 8, "training_step"
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -50,6 +61,42 @@ def verify(case: Case, device: torch.device) -> Iterator[Row]:
                 "suite": "check", "case": case.name, "op": case.op, "shape": list(case.shape), "dtype": case.dtype_name,
                 "layout": case.layout, "impl": name, "phase": phase, "same_bits": again, "check": result,
             }  # fmt: skip
+
+
+def verify_steps(device: torch.device) -> Iterator[Row]:
+    """For every precision a row of the trainer's step and, on a GPU, one of its CUDA graph: whether a second run has the same
+    losses and weights to the bit; `error`, which has to be 0, is how far the graph's are from those without one."""
+    torch.backends.cudnn.deterministic = True  # as `nvae-fast train`
+    for precision in PRECISIONS[device.type]:
+        alone = _trained(device, precision, graph=False)
+        for name, graph in {"ours:auto": False, "ours:graph": True}.items():
+            if graph and device.type != "cuda":
+                continue
+            found, again = (_trained(device, precision, graph=graph) for _ in range(2))
+            error = max(((a.double() - b.double()).abs().max().item() for a, b in zip(found, alone, strict=True)))
+            finite = all(t.isfinite().all() for t in found)
+            yield {
+                "suite": "check", "case": f"{STEP}/{precision}", "op": STEP, "shape": [STEPS], "dtype": precision,
+                "layout": "channels_last", "impl": name, "phase": "step",
+                "same_bits": all(map(torch.equal, found, again)),
+                "check": {"ok": finite and error == 0, "error": error if finite else None, "budget": 0.0},
+            }  # fmt: skip
+
+
+def _trained(device: torch.device, precision: str, *, graph: bool) -> list[Tensor]:
+    """The losses of some steps of the demo, always the same ones, and the weights and statistics behind them."""
+    config = shrunk(PRESETS["demo"], layers=1, batch_size=8)
+    torch.manual_seed(0)
+    model = NVAE(config).to(device, memory_format=torch.channels_last).train()
+    x, noise = make_batch(config, device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    step = TrainingStep(model, make_optimizer(model), SpectralState(), precision=precision,
+                        loss=partial(model.loss, noise=noise), graph=graph)  # fmt: skip
+    rate = config.training.learning_rate
+    losses = [step(x, rate=rate, kl_coeff=KL_COEFF, norm_coeff=SPECTRAL_COEFF)["total"] for _ in range(STEPS)]
+    if graph and not step.recorded:
+        losses[-1] = losses[-1] * torch.nan  # a line has said why
+    return [torch.stack(losses).detach(), *(t.detach() for t in (*model.parameters(), *model.buffers()))]
 
 
 def line(row: Row) -> str:

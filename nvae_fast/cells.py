@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,37 @@ class UpsampleProject(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return tf.interpolate(self.conv(x), scale_factor=2, mode="bilinear", align_corners=True)
+        return doubled(self.conv(x))
+
+
+def doubled(x: Tensor) -> Tensor:
+    """[B, C, H, W] to [B, C, 2 H, 2 W], bilinear with aligned corners. torch's own, but on a GPU, where that adds gradients in
+    any order: two products with constant matrices instead, of rows and of columns, whose gradients are products too."""
+    if not by_products(x.device):
+        return tf.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    rows, columns = (constant(("doubled", n, x.dtype), x, partial(doubling, n, x.dtype)) for n in x.shape[2:])
+    b, c, h, w = x.shape
+    lines = x.permute(0, 2, 3, 1).reshape(b, h, w * c)
+    lines = torch.bmm(rows.expand(b, -1, -1), lines).view(b * 2 * h, w, c)
+    return torch.bmm(columns.expand(b * 2 * h, -1, -1), lines).view(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
+def by_products(device: torch.device) -> bool:
+    """Whether images are doubled so."""
+    return device.type == "cuda"
+
+
+def doubling(n: int, dtype: torch.dtype) -> Tensor:
+    """[2 n, n]: what each of 2 n pixels takes of n, the first and the last from the corners. Shares are rounded so that
+    those of a pixel are 1 together in `dtype`."""
+    at = torch.arange(2 * n, dtype=torch.float64) * (n - 1) / (2 * n - 1)
+    left = at.floor().clamp(max=max(n - 2, 0))
+    unit = torch.finfo(dtype).eps / 2
+    share = ((at - left) / unit).round() * unit
+    matrix = torch.zeros(2 * n, n, dtype=torch.float64)
+    matrix.scatter_add_(1, left.long()[:, None], (1 - share)[:, None])
+    matrix.scatter_add_(1, (left.long() + 1).clamp(max=n - 1)[:, None], share[:, None])
+    return matrix.to(dtype)
 
 
 class Cell(nn.Module):

@@ -163,9 +163,10 @@ def check_numbers(args: argparse.Namespace, device: torch.device) -> None:
     from nvae_fast.benchmarks import report, verify
 
     cases = [case for case in verify.cases(device) if (args.case or "") in case.name]
-    if not cases:
+    steps = (args.case or "") in verify.STEP
+    if not cases and not steps:
         raise InputError(f"no case of suite 'check' has '{args.case}' in its name: try the name of an op")
-    rows = [row for case in cases for row in verify.verify(case, device)]
+    rows = [row for case in cases for row in verify.verify(case, device)] + (list(verify.verify_steps(device)) if steps else [])
     write_json(args.json, report.document(rows, device))
     wrong = [row for row in rows if not (row["check"]["ok"] and row["same_bits"])]
     print(*map(verify.line, wrong), sep="\n", end="\n" if wrong else "")

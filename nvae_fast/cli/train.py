@@ -155,6 +155,8 @@ def machines(args: argparse.Namespace) -> tuple[int, int, int]:
 @out_of_memory()
 def train(args: argparse.Namespace, config: NVAEConfig, fit: bool, processes: Processes) -> None:
     """The run of one process; the first one says what it is about and how it ended."""
+    import torch
+
     from nvae_fast.training import Trainer
     from nvae_fast.training.data import check_data, fit_to_data, open_split
     from nvae_fast.training.fit import check_fits, largest_batch
@@ -163,6 +165,7 @@ def train(args: argparse.Namespace, config: NVAEConfig, fit: bool, processes: Pr
     from nvae_fast.training.state import Checkpoints
 
     device = processes.device
+    torch.backends.cudnn.deterministic = True  # one seed, one machine, one build: the same losses to the bit
     precision = precision_of(args, device)
     images, valid = (open_split(config, split, **data_options(args)) for split in ("train", "valid"))
     if fit:

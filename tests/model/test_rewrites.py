@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import build, images, noise
 
-from nvae_fast import InputError
+from nvae_fast import InputError, cells
 from nvae_fast.benchmarks.plain import PLAIN, plain
 from nvae_fast.cells import FactorizedReduce, UpsampleProject
 
@@ -31,6 +31,34 @@ def test_a_rewritten_module_is_its_formula(within_budget, kind, channels, layout
     exact = outcome(plain(copy.deepcopy(module)).double(), x.double())
     for triple in zip(outcome(module, x), outcome(plain(copy.deepcopy(module)), x), exact, strict=True):
         within_budget(*triple)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(6, 10), (1, 7), (2, 1), (16, 16)], ids=str)
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format), ids=("channels-last", "NCHW"))
+def test_doubled_by_products_as_on_a_gpu(within_budget, monkeypatch, size, layout, dtype):
+    torch.manual_seed(0)
+    x, dy = (
+        torch.randn(2, 5, *size).to(dtype).contiguous(memory_format=layout),
+        torch.randn(2, 5, 2 * size[0], 2 * size[1]).to(dtype),
+    )
+
+    def outcome(products, dtype=dtype):
+        monkeypatch.setattr(cells, "by_products", lambda device: products)
+        leaf = x.to(dtype).detach().requires_grad_()
+        y = cells.doubled(leaf)
+        return y.detach(), torch.autograd.grad(y, leaf, dy.to(dtype))[0]
+
+    found = outcome(True)
+    assert found[0].is_contiguous(memory_format=torch.channels_last) and found[0].dtype == dtype
+    for triple in zip(found, outcome(False), outcome(False, torch.float64), strict=True):
+        within_budget(*triple, dtype)
+    monkeypatch.setattr(cells, "by_products", lambda device: True)
+    assert (cells.doubled(torch.ones_like(x)) == 1).all()  # the shares of a pixel are 1 together, in any type
+
+
+def test_where_images_are_doubled_by_products():
+    assert cells.by_products(torch.device("cuda", 1)) and not cells.by_products(torch.device("cpu"))
 
 
 def test_a_whole_model_is_its_formulas(within_budget):
