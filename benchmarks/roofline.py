@@ -85,7 +85,9 @@ def draw(panel: Any, rows: list[Row], rates: dict[str, float]) -> None:
         panel.plot(x, y, "o", color=COLOURS[ours], markersize=7 if ours else 3.5, zorder=3 if ours else 2)
         if ours:
             named.add(r["case"])
-            panel.annotate(r["case"].removesuffix("/float32"), (x, y), xytext=(6, -2), textcoords="offset points", fontsize=7)
+            panel.annotate(
+                r["case"].removesuffix("/float32"), (x, y), xytext=(4, 5), textcoords="offset points", rotation=25, fontsize=7
+            )
     ends = [
         min(counts[r["case"]] / r["bytes"] for r in rows) / 2,
         max(peak / copied, *(counts[r["case"]] / r["bytes"] for r in rows)) * 4,
