@@ -60,6 +60,14 @@ def missing_for_cpp() -> str | None:
     return None
 
 
+def cuda_home(found: str | None) -> str | None:
+    """A folder with CUDA's headers: `found` by torch, which is nvcc's, perhaps of a script that stands for it, or the usual."""
+    for home in filter(None, (found, "/usr/local/cuda")):
+        if any(Path(home).glob(f"{folder}include/cuda_runtime.h") for folder in ("", "targets/*/")):
+            return home
+    return None
+
+
 def sources(cuda: bool) -> list[str]:
     """Every .cpp, and with CUDA every .cu. The files <op>_cuda.cpp need CUDA's headers: they are left to builds with CUDA."""
     found = [path for path in ROOT.glob("csrc/**/*.cpp") if cuda or not path.stem.endswith("_cuda")]
@@ -88,9 +96,11 @@ def extension() -> tuple[list, dict]:
     except ImportError as error:
         stop(f"the build needs '{error.name}': pip install it first, or set NVAE_FAST_BUILD=none")
 
-    cuda = mode != "cpu" and bool(torch.version.cuda and cpp_extension.CUDA_HOME)
+    found, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, cuda_home(cpp_extension.CUDA_HOME)
+    cuda = mode != "cpu" and bool(torch.version.cuda and found and cpp_extension.CUDA_HOME)
     if mode == "cuda" and not cuda:
-        lack = "this torch was built without CUDA" if not torch.version.cuda else "nvcc was not found (set CUDA_HOME)"
+        lack = f"there is no cuda_runtime.h in {found}/include" if found else "nvcc was not found"
+        lack = f"{lack} (set CUDA_HOME)" if torch.version.cuda else "this torch was built without CUDA"
         stop(f"NVAE_FAST_BUILD=cuda, but {lack}")
     make = cpp_extension.CppExtension
     macros = [("NVAE_FAST_TORCH", f'"{torch.__version__}"')]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch.nn.functional as tf
@@ -60,8 +59,12 @@ class ActConv(nn.Module):
 
 def chain_of(ops: Sequence[nn.Module], x: Tensor) -> Sequence[nn.Module]:
     """The first of the ops that read x, and those behind it that one op takes together with it."""
-    alike = lambda op: isinstance(op, ActConv) and op.act == ops[0].act and op.fused(x)  # noqa: E731
-    return list(takewhile(alike, ops)) or ops[:1]
+    together = 0
+    for op in ops:
+        if not (isinstance(op, ActConv) and op.act == ops[0].act and op.fused(x)):
+            break
+        together += 1
+    return ops[: together or 1]
 
 
 def chained(ops: Sequence[ActConv], x: Tensor, stats: Tensor | None = None, *, offset: Tensor | None = None,

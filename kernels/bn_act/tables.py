@@ -15,6 +15,8 @@ from nvae_fast.kernels import _norm, _triton
 from nvae_fast.kernels._tile import MEAN, RSTD, SCALE, SHIFT, VAR, load_row, store_row
 from nvae_fast.kernels.bn_act.ops import GRADIENTS
 
+NOTHING = (None,) * 11  # no normalisation follows: of `following`'s length, since Triton 3.6 cannot ask whether a tuple is None
+
 
 @triton.jit
 def move_row(running_ptr, stride, found, rate, c, C):
@@ -53,7 +55,7 @@ def store_coefficients(bn_ptr, mean, var, rate, c, C, norm):
 def store_stats(out_ptr, mean, var, block, c, C, norm):
     """Of the columns c, of which `block` is the number: mean and variance [2, C], or the table [5, C] of the normalisation
     that follows, with what a batch moves moved. To be called by the one program that has them (`joined_stats`)."""
-    if norm is None:
+    if norm[6] is None:  # eps
         store_row(out_ptr, MEAN, c, C, mean)
         store_row(out_ptr, VAR, c, C, var)
     else:
@@ -127,12 +129,12 @@ def bn_act_coefficients(stats: Tensor, weight: Tensor | None, bias: Tensor | Non
     return bn
 
 
-def following(norm: Sequence[Any], channels: int, count: float) -> tuple[Any, ...] | None:
-    """What kernels take of the normalisation (`_norm.Following`) behind statistics of `count` values; None where there is
+def following(norm: Sequence[Any], channels: int, count: float) -> tuple[Any, ...]:
+    """What kernels take of the normalisation (`_norm.Following`) behind statistics of `count` values; `NOTHING` where there is
     none."""
     n = _norm.Following(*norm)
     if not n.numbers:
-        return None
+        return NOTHING
     beside = {"weight": n.weight, "bias": n.bias, "offset": n.offset}
     tables = [_triton.floats(name, t, channels) for name, t in beside.items()]
     running = n.running_mean, n.running_var

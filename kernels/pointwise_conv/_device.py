@@ -70,7 +70,8 @@ def store_means(y, total, m, first, tile, block, n, M, N, P, means_ptr, sums_ptr
         for image in range(first // P, (last - 1) // P + 1):
             begin, end = image * P, image * P + P
             its = tl.sum(tl.where(((m >= begin) & (m < end))[:, None], y, 0.0), 0)
-            begin, tiles = begin // BLOCK_M, (end - 1) // BLOCK_M + 1 - begin // BLOCK_M
+            # in a form that no compiler takes for 1 where P is: Triton 3.6 stops at the code that would be dead then
+            begin, tiles = begin // BLOCK_M, tl.cdiv(end, BLOCK_M) - begin // BLOCK_M
             join_mean(
                 its, means_ptr, sums_ptr, tickets_ptr + image * blocks, image, image + tile, image + begin, tiles, n, N, P
             )

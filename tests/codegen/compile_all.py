@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from ptx import joins, widths
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from nvae_fast.kernels.conv2d import _plan as conv2d
@@ -168,7 +169,6 @@ OTHERS = {  # than CONSTANTS say; of products, at their largest tile
     "weight_norm_fwd_kernel": [{}, SHARED],
     "weight_norm_bwd_kernel": [{}, SHARED],
 }
-ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def tiles(name: str, storage: str) -> list[dict]:
@@ -197,7 +197,7 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         | dict.fromkeys(("RESULT", "GIVEN"), TYPES[storage])
         | tile
         | {"WIDE": wide, "STORED": TYPES[storage]}
-        | {n: None if n.endswith("_ptr") or n == "norm" else 1 for n in absent}
+        | {n: None if n.endswith("_ptr") else 1 for n in absent if n != "norm"}
         | dict.fromkeys(("UNIT", "UNIT_K", "UNIT_B", "UNIT_N"), 1 if ones else unit)
     )
     multiples = ("C", "K", "B", "N", "WIDTH", "ELEMENTS", "SPAN") if unit == 16 else ()
@@ -219,7 +219,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         multiples += "P", "CHUNK", *(n for n in names if n.endswith(("_b", "_c", "_z")))  # not a pixel's: 40 or 100 values
     divisible = [(i,) for i, n in enumerate(names) if n not in constants and (kinds[n][0] == "*" or n in multiples)]
     fixed = {(names.index(n),): v for n, v in constants.items() if n in names}
-    if kinds.get("norm") == "tuple":
+    if "norm" in names:
+        absent = *absent, *(NORM if "norm" in absent else ())
         fields = {n: "constexpr" if n in absent else kind for n, kind in NORM.items()}
         kinds["norm"] = tuple(fields.values())
         places = {n: (names.index("norm"), i) for i, n in enumerate(NORM)}
@@ -239,7 +240,8 @@ def compiled(name: str, kernel, storage: str = "fp32", arch: int = 90, absent: t
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         # Triton's own: an assembler from elsewhere may refuse the PTX version
-        command = [ASSEMBLER, "-v", f"-arch={re.search(r'[.]target (sm_[0-9a-z]+)', ptx)[1]}", path, "-o", f"{path}.cubin"]
+        target = re.search(r"[.]target (sm_[0-9a-z]+)", ptx)[1]
+        command = [get_ptxas(arch).path, "-v", f"-arch={target}", path, "-o", f"{path}.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     images = [n for n in names if n in STORED]
     products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)

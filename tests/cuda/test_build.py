@@ -16,8 +16,7 @@ from torch.utils.cpp_extension import include_paths
 SHOW = """
 import json, os, runpy, setuptools, sys, torch
 from torch.utils import cpp_extension
-if {cuda}:
-    torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "/usr/local/cuda"
+torch.version.cuda, cpp_extension.CUDA_HOME = {cuda!r}, {home!r}
 def show(ext_modules, cmdclass, **others):
     (module,) = ext_modules
     print(json.dumps([module.sources, module.define_macros, module.libraries, os.environ.get("TORCH_CUDA_ARCH_LIST")]))
@@ -27,29 +26,48 @@ runpy.run_path("setup.py")
 """
 
 
-def extension(mode: str, cuda: bool) -> tuple[list[str], dict[str, str], list[str], str | None]:
+def shown(mode: str, cuda: str | None, home: Path | None) -> subprocess.CompletedProcess:
+    """Of a torch built with CUDA of that version, which found nvcc in `home`."""
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"} | {"NVAE_FAST_BUILD": mode}
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW.format(cuda=cuda)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    code = SHOW.format(cuda=cuda, home=home and str(home))
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def extension(mode: str, home: Path | None) -> tuple[list[str], dict[str, str], list[str], str | None]:
+    done = shown(mode, "13.0" if home else None, home)
     assert done.returncode == 0, done.stderr[-2000:]
     sources, macros, libraries, archs = json.loads(done.stdout.splitlines()[-1])
     return sources, dict(macros), libraries, archs
 
 
 @pytest.mark.skipif(NATIVE is None, reason="there is no C++ compiler, or nothing was built")
-def test_sources_of_both_kinds_of_build():
-    plain, macros, libraries, _ = extension("cpu", cuda=True)
+def test_sources_of_both_kinds_of_build(tmp_path):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    plain, macros, libraries, _ = extension("cpu", tmp_path)
     assert "NVAE_FAST_CUDA" not in macros and not any(s.endswith(".cu") or s.endswith("_cuda.cpp") for s in plain)
     assert not any("cuda" in name for name in libraries)
-    both, macros, libraries, archs = extension("cuda", cuda=True)
-    assert both == extension("auto", cuda=True)[0] and extension("auto", cuda=False)[0] == plain
+    both, macros, libraries, archs = extension("cuda", tmp_path)
+    assert both == extension("auto", tmp_path)[0] and extension("auto", None)[0] == plain
     added = {f"csrc/depthwise_conv/depthwise_{name}" for name in
              ("conv_cuda.cpp", "cuda.cu", "cuda_f32.cu", "cuda_bf16.cu", "cuda_f16.cu")}  # fmt: skip
     assert set(both) - set(plain) == added and set(plain) <= set(both)
     assert macros["NVAE_FAST_CUDA"] == "1" and archs == "8.0;9.0+PTX" and "cudart" in libraries
     objects = [Path(source).with_suffix(".o") for source in both]
     assert len(set(objects)) == len(objects), "two sources would become one object file"
+
+
+@pytest.mark.parametrize(("cuda", "home", "why"), [
+    (None, "", "this torch was built without CUDA"), ("13.0", None, "nvcc was not found (set CUDA_HOME)"),
+    ("13.0", "", "there is no cuda_runtime.h in {home}/include (set CUDA_HOME)"),
+])  # fmt: skip
+def test_a_build_with_cuda_that_cannot_be_says_why(tmp_path, cuda, home, why):
+    home = None if home is None else tmp_path
+    if cuda and home and Path("/usr/local/cuda/include/cuda_runtime.h").exists():
+        pytest.skip("headers are in the usual place, which is taken then")
+    done = shown("cuda", cuda, home)
+    line = f"nvae_fast: NVAE_FAST_BUILD=cuda, but {why.format(home=home)}"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == line
 
 
 def test_the_binding_compiles(tmp_path):

@@ -221,8 +221,8 @@ def skipping(op, join="added", passed=True, **options):
 def se(t, n, impl, **options):
     """Of skip and x, then the four of the gate or none, then a bias or none."""
     skip, x, *rest = t
-    bias = rest.pop() if len(rest) % 4 else None
-    return F.se_residual(skip, x, *(rest or (None,) * 4), bias=bias, impl=impl, **options)
+    gate, bias = (rest[:-1], rest[-1]) if len(rest) % 4 else (rest, None)
+    return F.se_residual(skip, x, *(gate or (None,) * 4), bias=bias, impl=impl, **options)
 
 
 def preact_weights(*channels, k=3):

@@ -49,6 +49,38 @@ OPS = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def old_and_new_interpreters() -> Iterator[None]:
+    """Those of Triton 3.6, with a NumPy that makes no number of an array [1], and of 3.9, which takes masks of bool alone but
+    makes int32 of a scalar condition that it broadcasts."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    mend, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def mended(tensor: type, scope: object) -> None:
+        mend(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def of_bools(mask: object) -> object:
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def load_where(self, at, mask, *rest):
+        return load(self, at, of_bools(mask), *rest)
+
+    def store_where(self, at, value, mask, *rest):
+        return store(self, at, value, of_bools(mask), *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", mended)
+        patch.setattr(builder, "create_masked_load", load_where)
+        patch.setattr(builder, "create_masked_store", store_where)
+        yield
+
+
 @pytest.fixture
 def triton_on_cpu(monkeypatch) -> None:
     """impl="triton" runs on CPU tensors, which nothing but the interpreter can do."""
