@@ -63,7 +63,7 @@ def missing_for_cpp() -> str | None:
 def cuda_home(found: str | None) -> str | None:
     """A folder with CUDA's headers: `found` by torch, which is nvcc's, perhaps of a script that stands for it, or the usual."""
     for home in filter(None, (found, "/usr/local/cuda")):
-        if any(Path(home).glob(f"{folder}include/cuda_runtime.h") for folder in ("", "targets/*/")):
+        if any(header for folder in ("", "targets/*/") for header in Path(home).glob(f"{folder}include/cuda_runtime.h")):
             return home
     return None
 

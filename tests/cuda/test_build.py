@@ -19,7 +19,8 @@ from torch.utils import cpp_extension
 torch.version.cuda, cpp_extension.CUDA_HOME = {cuda!r}, {home!r}
 def show(ext_modules, cmdclass, **others):
     (module,) = ext_modules
-    print(json.dumps([module.sources, module.define_macros, module.libraries, os.environ.get("TORCH_CUDA_ARCH_LIST")]))
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    print(json.dumps([module.sources, module.define_macros, module.libraries, archs, module.include_dirs]))
 setuptools.setup = show
 sys.argv = ["setup.py", "build_ext"]
 runpy.run_path("setup.py")
@@ -36,7 +37,7 @@ def shown(mode: str, cuda: str | None, home: Path | None) -> subprocess.Complete
 def extension(mode: str, home: Path | None) -> tuple[list[str], dict[str, str], list[str], str | None]:
     done = shown(mode, "13.0" if home else None, home)
     assert done.returncode == 0, done.stderr[-2000:]
-    sources, macros, libraries, archs = json.loads(done.stdout.splitlines()[-1])
+    sources, macros, libraries, archs, _ = json.loads(done.stdout.splitlines()[-1])
     return sources, dict(macros), libraries, archs
 
 
@@ -57,17 +58,29 @@ def test_sources_of_both_kinds_of_build(tmp_path):
     assert len(set(objects)) == len(objects), "two sources would become one object file"
 
 
-@pytest.mark.parametrize(("cuda", "home", "why"), [
-    (None, "", "this torch was built without CUDA"), ("13.0", None, "nvcc was not found (set CUDA_HOME)"),
-    ("13.0", "", "there is no cuda_runtime.h in {home}/include (set CUDA_HOME)"),
+@pytest.mark.parametrize("deeper", ["", "targets/x86_64-linux"], ids=["beside nvcc", "as conda has them"])
+def test_headers_of_cuda_are_looked_for(tmp_path, deeper):
+    """A script that stands for nvcc has none beside it: they are taken from the usual place then."""
+    usual = Path("/usr/local/cuda/include/cuda_runtime.h").exists()
+    done = shown("cuda", "13.0", tmp_path)
+    if usual:
+        assert done.returncode == 0 and "/usr/local/cuda/include" in json.loads(done.stdout.splitlines()[-1])[-1]
+    else:
+        why = f"NVAE_FAST_BUILD=cuda, but there is no cuda_runtime.h in {tmp_path}/include (set CUDA_HOME)"
+        assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"nvae_fast: {why}"
+    header = tmp_path / deeper / "include" / "cuda_runtime.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    done = shown("cuda", "13.0", tmp_path)
+    assert done.returncode == 0 and f"{tmp_path}/include" in json.loads(done.stdout.splitlines()[-1])[-1]
+
+
+@pytest.mark.parametrize(("cuda", "why"), [
+    (None, "this torch was built without CUDA"), ("13.0", "nvcc was not found (set CUDA_HOME)")
 ])  # fmt: skip
-def test_a_build_with_cuda_that_cannot_be_says_why(tmp_path, cuda, home, why):
-    home = None if home is None else tmp_path
-    if cuda and home and Path("/usr/local/cuda/include/cuda_runtime.h").exists():
-        pytest.skip("headers are in the usual place, which is taken then")
-    done = shown("cuda", cuda, home)
-    line = f"nvae_fast: NVAE_FAST_BUILD=cuda, but {why.format(home=home)}"
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == line
+def test_a_build_with_cuda_that_cannot_be_says_why(cuda, why):
+    done = shown("cuda", cuda, None)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"nvae_fast: NVAE_FAST_BUILD=cuda, but {why}"
 
 
 def test_the_binding_compiles(tmp_path):
