@@ -97,7 +97,9 @@ def _unpack(params: Tensor, channels: int, m: int) -> Mixture:
         colours, raw = rest.split([2 * m * channels, m * pairs], dim=1)
         means, log_scales = colours.reshape(batch, channels, 2 * m, height, width).split(m, dim=2)
         raw = raw.reshape(batch, pairs, m, height, width)
-    return Mixture(logits, means, log_scales.clamp(min=MIN_LOG_SCALE), torch.tanh(raw))
+    # clamp(), with a gradient at equality, which torch's own has before 2.15 alone
+    log_scales = torch.where(log_scales < MIN_LOG_SCALE, MIN_LOG_SCALE, log_scales)
+    return Mixture(logits, means, log_scales, torch.tanh(raw))
 
 
 def _shifted_means(mixture: Mixture, x: Tensor) -> Tensor:
