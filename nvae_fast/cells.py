@@ -266,6 +266,6 @@ def run_cells(
             found = module(h, stats, **options, return_x=seen)
             h, *rest = found if isinstance(found, tuple) else (found,)
             if seen:
-                look(rest.pop())
-            stats, seen = rest[0] if rest else None, False
+                look(rest[-1])
+            stats, seen = rest[0] if len(rest) > seen else None, False
     return h

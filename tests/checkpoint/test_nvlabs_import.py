@@ -134,7 +134,7 @@ HOSTILE = {
     "exec": (lambda mark: Reduced(exec, f"open({str(mark)!r}, 'w')"), "exec"),
     "open": (lambda mark: Reduced(open, str(mark), "w"), "io.open"),
     "getattr": (lambda mark: Reduced(getattr, "", "join"), "getattr"),
-    "path": (lambda mark: mark, "pathlib.PosixPath"),
+    "path": (lambda mark: mark, f"{type(Path()).__module__}.PosixPath"),
     "class of ours": (lambda mark: TrainConfig(), "nvae_fast.config.TrainConfig"),
     "loader of ours": (lambda mark: Reduced(load_nvlabs_checkpoint, str(mark)), "load_nvlabs_checkpoint"),
     "numpy array": (lambda mark: np.arange(3), "numpy"),
