@@ -35,17 +35,14 @@ class Norm(NamedTuple):
     stats: Tensor | None = None
     offset: Tensor | None = None
 
-    @property
     def uses_batch(self) -> bool:
         """Statistics are the batch's, not the running ones."""
         return self.training or self.running_mean is None
 
-    @property
     def finished(self) -> bool:
         """There is nothing left to take, nor to move."""
         return self.stats is not None and len(self.stats) == 5
 
-    @property
     def group(self) -> dist.ProcessGroup | None:
         """The processes to join batches with, when there is more than one."""
         joined = self.training and self.process_group is not None and dist.get_world_size(self.process_group) > 1
@@ -126,7 +123,7 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "norm") -> None
             f"stats of shape {tuple(norm.stats.shape)}: expected (2, {channels}), mean and variance of {name}, "
             f"or (5, {channels}), what se_residual(next_norm=...) returns"
         )
-    if norm.finished and not norm.uses_batch:
+    if norm.finished() and not norm.uses_batch():
         raise ValueError("stats of a finished normalisation, which uses those of the batch: expected training, or stats=None")
     check_beside(x, **{f: getattr(norm, f) for f in ("weight", "bias", "offset", "running_mean", "running_var", "stats")})
     if not norm.eps >= 0:
@@ -139,7 +136,7 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "norm") -> None
 
 def check_batch(norm: Norm, values: int, shape: Sequence[int]) -> None:
     """Raises ValueError where batch statistics would be taken over a single value per channel."""
-    if norm.uses_batch and values == 1 and norm.group is None:
+    if norm.uses_batch() and values == 1 and norm.group() is None:
         raise ValueError(
             f"x of shape {tuple(shape)}: batch statistics need more than 1 value per channel; "
             "use a larger batch or training=False"
@@ -185,7 +182,7 @@ def total(grads: Sequence[Tensor]) -> Tensor | None:
 def tensors(norm: Norm) -> Parts:
     given = norm.weight, norm.bias, norm.offset, norm.stats
     weight, bias, offset, stats = (None if t is None else t.float() for t in given)
-    if not norm.uses_batch:
+    if not norm.uses_batch():
         mean = norm.running_mean.float()  # of x + offset
         stats = torch.stack((mean if offset is None else mean - offset.detach(), norm.running_var.float()))
     moves = norm.training and norm.running_mean is not None
@@ -194,7 +191,7 @@ def tensors(norm: Norm) -> Parts:
 
 
 def config(norm: Norm, copies: int = 1) -> NormConfig:
-    return NormConfig(norm.eps, norm.momentum, norm.uses_batch, norm.group, copies)
+    return NormConfig(norm.eps, norm.momentum, norm.uses_batch(), norm.group(), copies)
 
 
 def following(p: Parts, c: NormConfig) -> Following:
@@ -207,7 +204,7 @@ def following(p: Parts, c: NormConfig) -> Following:
 
 def following_of(norm: Norm | None) -> Following:
     """The same of a norm whose op takes part in no gradient of it; nothing where it takes no statistics of the batch."""
-    if norm is None or not norm.uses_batch:
+    if norm is None or not norm.uses_batch():
         return Following()
     parts = (None if t is None else t.detach() for t in tensors(norm))
     return following(Parts(*parts), config(norm))

@@ -13,7 +13,7 @@ from nvae_fast.kernels._norm import Norm
 def normalised(x: Tensor, norm: Norm, act: str) -> Tensor:
     """act(norm(x))"""
     options = dict(training=norm.training, momentum=norm.momentum, eps=norm.eps, process_group=norm.process_group)
-    moves = (None,) * 3 if norm.finished else norm[2:5]
+    moves = (None,) * 3 if norm.finished() else norm[2:5]
     return bn_act(x, *norm[:2], *moves, act=act, offset=norm.offset, **options)
 
 

@@ -18,7 +18,7 @@ class _ConvBNAct(nn.Sequential):
 
     def _run(self, conv: Callable[..., Any], x: Tensor, **options: int) -> Tensor:
         weight, bn = effective(self[0]), self[1]
-        if not bn.norm.uses_batch:
+        if not bn.norm.uses_batch():
             return bn(conv(x, weight, **options))
         y, stats = conv(x, weight, return_stats=True, **options)
         return bn(y, stats)

